@@ -1,0 +1,107 @@
+"""Where sequences and blocks lie in a packed batch: integers only, no attention.
+
+Two views of the same facts. `sequence_spans` gives Python integers to engines that loop on the host; `BlockLayout`
+gives device tensors of shapes known in advance to kernels that must not wait for the host.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+
+class Span(NamedTuple):
+    """One sequence with at least one query: its rows in the packed query and in the packed key."""
+
+    query_start: int
+    query_end: int
+    key_start: int
+    key_end: int
+
+    @property
+    def query_length(self) -> int:
+        return self.query_end - self.query_start
+
+    @property
+    def key_length(self) -> int:
+        return self.key_end - self.key_start
+
+    @property
+    def first_position(self) -> int:
+        """Position, within the sequence, of its first query: queries are the last positions."""
+        return self.key_length - self.query_length
+
+
+def sequence_spans(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor) -> list[Span]:
+    """The sequences that have queries, in order. Copies the two cumulative lengths to the host."""
+    q, k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    return [Span(*row) for row in zip(q[:-1], q[1:], k[:-1], k[1:]) if row[0] < row[1]]
+
+
+def merge_uniform_spans(spans: list[Span]) -> list[tuple[Span, int]]:
+    """Runs of adjacent sequences with equal lengths, as (first sequence, how many): they form one regular batch."""
+    runs: list[tuple[Span, int]] = []
+    for span in spans:
+        if runs:
+            first, count = runs[-1]
+            lengths = (first.query_length, first.key_length)
+            adjacent = (first.query_start + count * lengths[0], first.key_start + count * lengths[1])
+            if lengths == (span.query_length, span.key_length) and adjacent == (span.query_start, span.key_start):
+                runs[-1] = (first, count + 1)
+                continue
+        runs.append((span, 1))
+    return runs
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """Device-side geometry of a packed batch, built without a host sync; shapes depend on input shapes only.
+
+    Only *complete* blocks can be past blocks, so they alone are numbered: block j of a sequence whose first complete
+    block has number f is global block f + j. A batch has at most total_k // block_size of them, however many
+    sequences it holds.
+
+    query_position: int32 [total_q], position of each query within its sequence; −1 for rows past the last sequence.
+    key_start:      int32 [total_q], row of the first key of the query's sequence.
+    first_block:    int32 [total_q], global number of the first complete block of the query's sequence.
+    block_start:    int32 [total_k // block_size], row of the first key of each complete block; total_k where unused.
+
+    The query at position p owns the keys from key_start + p // block_size · block_size on, and its candidates are the
+    global blocks first_block … first_block + p // block_size − 1.
+    """
+
+    query_position: torch.Tensor
+    key_start: torch.Tensor
+    first_block: torch.Tensor
+    block_start: torch.Tensor
+
+    @classmethod
+    def build(
+        cls, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, total_q: int, total_k: int, block_size: int
+    ) -> "BlockLayout":
+        """cu_seqlens_*: int32 [sequences + 1], non-decreasing from 0. Equal neighbours (empty sequences) are allowed."""
+        device = cu_seqlens_q.device
+        q_start, k_start = cu_seqlens_q[:-1], cu_seqlens_k[:-1]
+        offset = (cu_seqlens_k[1:] - k_start) - (cu_seqlens_q[1:] - q_start)
+
+        row = torch.arange(total_q, dtype=torch.int32, device=device)
+        sequence = torch.searchsorted(cu_seqlens_q[1:], row, right=True)
+        inside = sequence < q_start.shape[0]
+        sequence = sequence.clamp(max=q_start.shape[0] - 1)
+
+        complete = (cu_seqlens_k[1:] - k_start) // block_size
+        last_block = complete.cumsum(0, dtype=torch.int32)
+        first_block = last_block - complete
+
+        block = torch.arange(total_k // block_size, dtype=torch.int32, device=device)
+        owner = torch.searchsorted(last_block, block, right=True)
+        used = owner < k_start.shape[0]
+        owner = owner.clamp(max=k_start.shape[0] - 1)
+        block_start = k_start[owner] + (block - first_block[owner]) * block_size
+
+        return cls(
+            query_position=torch.where(inside, row - q_start[sequence] + offset[sequence], -1).int(),
+            key_start=torch.where(inside, k_start[sequence], 0).int(),
+            first_block=torch.where(inside, first_block[sequence], 0).int(),
+            block_start=torch.where(used, block_start, total_k).int(),
+        )

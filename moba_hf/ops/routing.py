@@ -1,0 +1,80 @@
+"""The parameter-free gate: block means → gate scores → causal top-k (MoBA, arXiv 2502.13189, section 2.2).
+
+This file is the plain PyTorch version, for any device; it works through ranges of queries, so that no tensor of
+[heads, queries, blocks] for the whole sequence ever exists.
+"""
+
+import torch
+
+from .blocks import Span, sequence_spans
+
+_RANGE_BYTES = 32 << 20  # gate scores held at a time; measured on a CPU, 8 to 64 MB make no difference
+
+
+def block_means(key: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Mean key of each complete block: [tokens, kv_heads, head_dim] → [tokens // block_size, kv_heads, head_dim].
+
+    Summed in float32 or wider, rounded to the key dtype.
+    """
+    blocks = key.shape[0] // block_size
+    wide = torch.promote_types(key.dtype, torch.float32)
+    return key[: blocks * block_size].unflatten(0, (blocks, block_size)).mean(1, dtype=wide).to(key.dtype)
+
+
+def select(query, key, cu_seqlens_q, cu_seqlens_k, block_size: int, slots: int) -> torch.Tensor:
+    """Past blocks of each query and head: int32 [total_q, heads, slots], ascending, then −1.
+
+    query [total_q, heads, head_dim], key [total_k, kv_heads, head_dim]; `slots` is top_k − 1.
+    Ties go to the most recent block.
+    """
+    selected = query.new_full((*query.shape[:2], slots), -1, dtype=torch.int32)
+    if slots == 0:
+        return selected
+    for span in sequence_spans(cu_seqlens_q, cu_seqlens_k):
+        _select_in_sequence(query, key, span, block_size, selected)
+    return selected
+
+
+def _select_in_sequence(query, key, span: Span, block_size: int, selected: torch.Tensor) -> None:
+    heads, kv_heads, slots = query.shape[1], key.shape[1], selected.shape[2]
+    last_candidates = (span.key_length - 1) // block_size
+    if last_candidates == 0:
+        return
+    means = block_means(key[span.key_start : span.key_end], block_size)
+    wide = torch.promote_types(key.dtype, torch.float32)
+    means = means[:last_candidates].to(wide).permute(1, 2, 0)  # [kv_heads, head_dim, blocks]
+    step = max(1, _RANGE_BYTES // (heads * last_candidates * means.element_size()))
+    for start in range(0, span.query_length, step):
+        stop = min(start + step, span.query_length)
+        position = torch.arange(span.first_position + start, span.first_position + stop, device=query.device)
+        candidates = (position // block_size).repeat_interleave(heads // kv_heads)  # one row per (token, head of group)
+        most = (span.first_position + stop - 1) // block_size
+        if most == 0:
+            continue
+        rows = slice(span.query_start + start, span.query_start + stop)
+        q = query[rows].to(wide).unflatten(1, (kv_heads, -1)).transpose(0, 1).flatten(1, 2)
+        blocks = top_blocks(q @ means[..., :most], candidates, slots)
+        blocks = blocks.unflatten(1, (stop - start, -1)).transpose(0, 1).flatten(1, 2)
+        selected[rows, :, : blocks.shape[-1]] = blocks
+
+
+def top_blocks(scores: torch.Tensor, candidates: torch.Tensor, slots: int) -> torch.Tensor:
+    """The best `slots` of the first `candidates[row]` columns: ascending column numbers, then −1; int32.
+
+    scores: [kv_heads, rows, blocks], overwritten. candidates: int [rows]. Of equal scores the higher column wins.
+    """
+    blocks = scores.shape[-1]
+    column = torch.arange(blocks, device=scores.device)
+    future = column >= candidates[:, None]
+    if blocks <= slots:
+        return torch.where(future, -1, column).int().expand(scores.shape)
+    scores.masked_fill_(future, float("-inf"))
+    best, chosen = scores.topk(slots + 1, sorted=True)
+    # topk breaks ties as it likes; only a tie across the last place changes the set, and few rows have one.
+    tied = (best[..., slots - 1] == best[..., slots]) & (best[..., slots] > float("-inf"))
+    chosen = chosen[..., :slots]
+    if tied.any():
+        newest_first = scores[tied].flip(-1).sort(-1, descending=True, stable=True).indices[:, :slots]
+        chosen[tied] = blocks - 1 - newest_first
+    chosen = chosen.masked_fill(chosen >= candidates[:, None], blocks).sort(-1).values
+    return chosen.masked_fill_(chosen == blocks, -1).int()
