@@ -74,7 +74,7 @@ def top_blocks(scores: torch.Tensor, candidates: torch.Tensor, slots: int) -> to
     tied = (best[..., slots - 1] == best[..., slots]) & (best[..., slots] > float("-inf"))
     chosen = chosen[..., :slots]
     if tied.any():
-        newest_first = scores[tied].flip(-1).sort(-1, descending=True, stable=True).indices[:, :slots]
+        newest_first = scores[tied].flip(-1).sort(dim=-1, descending=True, stable=True).indices[:, :slots]
         chosen[tied] = blocks - 1 - newest_first
     chosen = chosen.masked_fill(chosen >= candidates[:, None], blocks).sort(-1).values
     return chosen.masked_fill_(chosen == blocks, -1).int()

@@ -1,0 +1,1 @@
+"""What MoBA does inside a trained model: routing and figures."""

@@ -1,0 +1,1 @@
+"""Continued pretraining with MoBA: arguments, data, the meter, and a Trainer that reports both attentions."""

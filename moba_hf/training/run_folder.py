@@ -1,0 +1,90 @@
+"""The folder of a training run: an interrupted run resumes, and a failing one overwrites nothing that was finished.
+
+    runs/demo/               the finished result, replaced only by another finished one
+    runs/demo/unfinished/    checkpoints and measurements of the run in progress; gone once it has finished
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.trainer_utils import get_last_checkpoint
+
+_SETTINGS = "settings.json"
+_CLOSING_FILE = "trainer_state.json"  # written last into a checkpoint
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where one run keeps what it has."""
+
+    finished: Path
+
+    @property
+    def unfinished(self) -> Path:
+        return self.finished / "unfinished"
+
+    @property
+    def result(self) -> Path:
+        """Where a result is put together before `publish`."""
+        return self.unfinished / "result"
+
+    def start(self, settings: dict[str, Any]) -> None:
+        """Claim the folder for a run with these settings (JSON), fresh or resumed.
+
+        Raises ValueError where an unfinished run with checkpoints used other settings: mixing them would give a
+        result that neither describes.
+        """
+        settings = json.loads(json.dumps(settings, default=str))
+        file = self.unfinished / _SETTINGS
+        if file.is_file():
+            former = json.loads(file.read_text(encoding="utf-8"))
+            changed = sorted(k for k in settings.keys() | former.keys() if settings.get(k) != former.get(k))
+            if changed and self.last_checkpoint() is not None:
+                raise ValueError(
+                    f"{self.unfinished} holds an interrupted run with other settings ({', '.join(changed)}); "
+                    f"finish it with those, name another output_dir, or remove that folder"
+                )
+            if changed:
+                shutil.rmtree(self.unfinished)
+        self.unfinished.mkdir(parents=True, exist_ok=True)
+        write_json(file, settings)
+
+    def last_checkpoint(self) -> str | None:
+        """The newest complete checkpoint. An incomplete one (killed while saving) is removed."""
+        while self.unfinished.is_dir() and (newest := get_last_checkpoint(str(self.unfinished))):
+            if (Path(newest) / _CLOSING_FILE).is_file():
+                return newest
+            shutil.rmtree(newest)
+        return None
+
+    def once(self, name: str, compute: Callable[[], Any]) -> Any:
+        """`compute()`, or what it gave before the interruption: tensors, numbers and dicts and lists of them."""
+        file = self.unfinished / f"{name}.pt"
+        if file.is_file():
+            return torch.load(file, weights_only=True)
+        value = compute()
+        torch.save(value, file.with_suffix(".tmp"))
+        os.replace(file.with_suffix(".tmp"), file)
+        return value
+
+    def publish(self) -> None:
+        """Move all of `result` into place, by renaming, and end the run."""
+        for new in sorted(self.result.iterdir()):
+            target = self.finished / new.name
+            if target.is_dir():
+                target.rename(self.unfinished / f"former-{new.name}")
+            os.replace(new, target)
+        shutil.rmtree(self.unfinished)
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write the file whole or not at all."""
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
+    os.replace(temporary, file)
