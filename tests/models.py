@@ -4,6 +4,8 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import sdpa_mask
 
+import moba_hf  # noqa: F401  registers "moba"
+
 BLOCK_SIZE, TOP_K = 4, 3  # 12 keys of sight: sequences of 20 and more tokens are sparse
 
 _SMALL = dict(

@@ -53,7 +53,7 @@ def moba_attention(
     """
     cu_seqlens_q, cu_seqlens_k = _check(query, key, value, block_size, top_k, cu_seqlens_q, cu_seqlens_k)
     scale = query.shape[-1] ** -0.5 if scale is None else _check_scale(scale)
-    name = engines.choose(engine, query.device)
+    name = engines.choose(engine, query.device.type)
     if engine == "auto" and not torch.compiler.is_compiling():
         _say_once(name, query.device.type)
     selected = _select(query, key, cu_seqlens_q, cu_seqlens_k, block_size, _useful_slots(top_k, key, block_size), name)
@@ -79,7 +79,7 @@ def select_blocks(
     """
     cu_seqlens_q, cu_seqlens_k = _check(query, key, key, block_size, top_k, cu_seqlens_q, cu_seqlens_k)
     slots = _useful_slots(top_k, key, block_size)
-    name = engines.choose("auto", query.device)
+    name = engines.choose("auto", query.device.type)
     selected = _select(query, key, cu_seqlens_q, cu_seqlens_k, block_size, slots, name)
     return torch.nn.functional.pad(selected, (0, top_k - 1 - slots), value=-1)
 

@@ -53,19 +53,20 @@ def status() -> dict[str, EngineStatus]:
     return result
 
 
-def choose(engine: str, device: torch.device) -> str:
-    """Resolve `engine` for tensors on `device`; raises where the engine asked for cannot run.
+@torch.compiler.assume_constant_result  # a compiled graph keeps the choice made while tracing
+def choose(engine: str, device: str) -> str:
+    """Resolve `engine` for tensors on a device of this type; raises where the engine asked for cannot run.
 
     "auto" is Triton on CUDA where it is installed, and blockwise elsewhere.
     Raises ValueError for an unknown name and RuntimeError for an engine that cannot run here.
     """
     if engine == "auto":
-        return "triton" if device.type == "cuda" and load("triton").unavailable() is None else "blockwise"
+        return "triton" if device == "cuda" and load("triton").unavailable() is None else "blockwise"
     if engine not in NAMES:
         raise ValueError(f"engine={engine!r} is unknown; choose one of {('auto', *NAMES)}")
     reason = load(engine).unavailable()
-    if reason is None and engine == "triton" and device.type != "cuda":
-        reason = f"its kernels need a CUDA device and the tensors are on {device}" if not _interpreted() else None
+    if reason is None and engine == "triton" and device != "cuda":
+        reason = f"its kernels need a CUDA device and the tensors are on {device!r}" if not _interpreted() else None
     if reason is not None:
         raise RuntimeError(f"engine={engine!r} cannot run: {reason}")
     return engine
