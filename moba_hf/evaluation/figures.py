@@ -13,7 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-FULL, MOBA, NEUTRAL = "#0072B2", "#D55E00", "#8A8A8A"
+from .routing import Routing
+
+FULL, MOBA = "#0072B2", "#D55E00"
 _STYLE = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -42,7 +44,6 @@ def loss_figure(
     moba: Mapping[str, Sequence[float]],
     *,
     trailing_tokens: int,
-    training: Sequence[tuple[int, float]] = (),
     title: str = "",
 ) -> Figure:
     """Held-out loss in full and MoBA attention over training, on all positions and on the trailing ones.
@@ -51,7 +52,6 @@ def loss_figure(
         steps: optimizer steps at which both were measured.
         full, moba: "mean" and "trailing" loss at each of them, in nats per token.
         trailing_tokens: what "trailing" means, for the title.
-        training: (step, loss) of the training batches, drawn behind the first panel.
     """
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(9, 4))
@@ -59,13 +59,10 @@ def loss_figure(
         names = {"mean": "All positions", "trailing": f"Last {trailing_tokens} positions"}
         for panel, (key, name) in zip(panels, names.items(), strict=True):
             _loss_panel(panel, steps, full[key], moba[key], name)
-        if training:
-            panels[0].plot(*zip(*training, strict=True), color=NEUTRAL, linewidth=1, alpha=0.6, zorder=1)
         handles = [
             Line2D([], [], color=MOBA, marker="o", label="MoBA attention"),
             Line2D([], [], color=FULL, marker="s", label="full attention, same weights"),
         ]
-        handles += [Line2D([], [], color=NEUTRAL, linewidth=1, label="training batches (MoBA)")] if training else []
         figure.legend(handles=handles, loc="outside lower center", ncols=3)
         figure.suptitle(title, fontsize=12)
         return figure
@@ -89,28 +86,28 @@ def _loss_panel(panel, steps, full, moba, name: str) -> None:
 
 
 def routing_figure(
-    selected: Mapping[int, torch.Tensor],
+    routing: Routing,
     *,
     block_size: int,
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
     title: str = "",
 ) -> Figure:
-    """Which blocks each query of one sequence attends: a row of panels per layer, a column per head.
+    """Which blocks each query of one document attends: a row of panels per layer, a column per head.
 
     Args:
-        selected: layer -> int32 [tokens, heads, slots], as `record_routing` returns; one document, all its tokens.
+        routing: as `record_routing` returns, of a model with a sparse layer.
         block_size: tokens per block.
         layers, heads: what to draw; by default three of each, spread evenly.
     """
-    layers = _spread(sorted(selected), 3) if layers is None else layers
-    heads = _spread(range(selected[layers[0]].shape[1]), 3) if heads is None else heads
+    layers = _spread(sorted(routing.layers), 3) if layers is None else layers
+    heads = _spread(range(routing.layers[layers[0]].shape[1]), 3) if heads is None else heads
     with matplotlib.rc_context({**_STYLE, "axes.grid": False}):
         figure = Figure(figsize=(2.7 * len(heads) + 0.6, 2.6 * len(layers) + 1))
         panels = figure.subplots(len(layers), len(heads), sharex=True, sharey=True, squeeze=False)
         for row, layer in zip(panels, layers, strict=True):
             for panel, head in zip(row, heads, strict=True):
-                _routing_panel(panel, selected[layer][:, head], block_size)
+                _routing_panel(panel, routing, routing.layers[layer][:, head], block_size)
                 panel.set_title(f"layer {layer}, head {head}")
         for panel in panels[-1]:
             panel.set_xlabel(f"key block ({block_size} tokens each)")
@@ -126,12 +123,10 @@ def routing_figure(
 _ROUTING = ListedColormap(["white", "#E3E3E3", FULL, MOBA])
 
 
-def _routing_panel(panel, selected: torch.Tensor, block_size: int) -> None:
-    """selected: int32 [tokens, slots]."""
-    tokens = selected.shape[0]
-    blocks = -(-tokens // block_size)
-    own = torch.arange(tokens)[:, None] // block_size
-    columns = torch.arange(blocks)[None]
+def _routing_panel(panel, routing: Routing, selected: torch.Tensor, block_size: int) -> None:
+    """selected: int32 [queries, slots]."""
+    blocks = -(-routing.length // block_size)
+    own, columns = routing.positions[:, None] // block_size, torch.arange(blocks)[None]
     chosen = (selected[:, :, None] == columns).any(1)
     image = (columns < own).int() + chosen.int() + 3 * (columns == own).int()
     panel.imshow(
@@ -141,7 +136,7 @@ def _routing_panel(panel, selected: torch.Tensor, block_size: int) -> None:
         vmax=3,
         aspect="auto",
         interpolation="nearest",
-        extent=(-0.5, blocks - 0.5, tokens, 0),
+        extent=(-0.5, blocks - 0.5, routing.length, 0),
     )
 
 

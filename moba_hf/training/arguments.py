@@ -30,9 +30,7 @@ class ModelArguments:
     dtype: str = field(default="float32", metadata={"help": "Data type of the weights: float32, bfloat16, auto."})
     moba: dict | str | None = field(
         default=None,
-        metadata={
-            "help": "Fields of MobaConfig: a mapping in YAML, JSON on the command line."
-        },
+        metadata={"help": "Fields of MobaConfig: a mapping in YAML, JSON on the command line."},
     )
     dense_attention: str = field(
         default="sdpa", metadata={"help": "The full attention that MoBA is compared with: any attn_implementation."}

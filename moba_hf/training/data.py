@@ -27,8 +27,9 @@ class PackingCount:
 
     def __str__(self) -> str:
         return (
-            f"{self.sequences} sequences from {self.documents} documents: {self.tokens} tokens, {self.padding} padding, "
-            f"{self.dropped} dropped; {self.held_out_characters} characters left out that the held-out text has too"
+            f"{self.sequences} sequences from {self.documents} documents: {self.tokens} tokens, {self.padding} of "
+            f"padding, {self.dropped} dropped; {self.held_out_characters} characters left out because held-out text "
+            f"has them too"
         )
 
 

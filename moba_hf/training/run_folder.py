@@ -1,7 +1,7 @@
 """The folder of a training run: an interrupted run resumes, and a failing one overwrites nothing that was finished.
 
-    runs/demo/               the finished result, replaced only by another finished one
-    runs/demo/unfinished/    checkpoints and measurements of the run in progress; gone once it has finished
+runs/demo/               the finished result, replaced only by another finished one
+runs/demo/unfinished/    checkpoints and measurements of the run in progress; gone once it has finished
 """
 
 import json
@@ -60,7 +60,7 @@ class RunFolder:
         while self.unfinished.is_dir() and (newest := get_last_checkpoint(str(self.unfinished))):
             if (Path(newest) / _CLOSING_FILE).is_file():
                 return newest
-            shutil.rmtree(newest)
+            shutil.rmtree(newest, ignore_errors=True)
         return None
 
     def once(self, name: str, compute: Callable[[], Any]) -> Any:
@@ -69,8 +69,9 @@ class RunFolder:
         if file.is_file():
             return torch.load(file, weights_only=True)
         value = compute()
-        torch.save(value, file.with_suffix(".tmp"))
-        os.replace(file.with_suffix(".tmp"), file)
+        temporary = file.with_suffix(f".{os.getpid()}.tmp")  # every process of a run writes the same
+        torch.save(value, temporary)
+        os.replace(temporary, file)
         return value
 
     def publish(self) -> None:
@@ -85,6 +86,6 @@ class RunFolder:
 
 def write_json(file: Path, value: Any) -> None:
     """Write the file whole or not at all."""
-    temporary = file.with_name(file.name + ".tmp")
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
     os.replace(temporary, file)

