@@ -53,6 +53,10 @@ def moba_attention(
     """
     cu_seqlens_q, cu_seqlens_k = _check(query, key, value, block_size, top_k, cu_seqlens_q, cu_seqlens_k)
     scale = query.shape[-1] ** -0.5 if scale is None else _check_scale(scale)
+    if engine == "auto" and _covers(block_size * top_k, key, cu_seqlens_k):
+        return dense_attention(
+            query, key, value, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, scale=scale
+        )
     name = engines.choose(engine, query.device.type)
     if engine == "auto" and not torch.compiler.is_compiling():
         _say_once(name, query.device.type)
@@ -82,6 +86,36 @@ def select_blocks(
     name = engines.choose("auto", query.device.type)
     selected = _select(query, key, cu_seqlens_q, cu_seqlens_k, block_size, slots, name)
     return torch.nn.functional.pad(selected, (0, top_k - 1 - slots), value=-1)
+
+
+def dense_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Full causal attention over the same packed layout; differentiable, and never a [queries, keys] mask in memory.
+
+    Arguments and result as in `moba_attention`, whose checks the caller has passed or does not need.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    nothing = query.new_empty((*query.shape[:2], 0), dtype=torch.int32)
+    return attention_forward(query, key, value, nothing, cu_seqlens_q, cu_seqlens_k, 1, scale, "dense")[0]
+
+
+def _covers(sight: int, key: torch.Tensor, cu_seqlens_k: torch.Tensor) -> bool:
+    """Whether block_size · top_k reaches over every sequence, so that MoBA is full attention.
+
+    The sequences' own lengths count on a CPU; elsewhere, and while compiling, reading them would cost a wait.
+    """
+    if key.shape[0] <= sight:
+        return True
+    if torch.compiler.is_compiling() or key.device.type != "cpu":
+        return False
+    return bool(cu_seqlens_k.diff().max() <= sight)
 
 
 def _useful_slots(top_k: int, key: torch.Tensor, block_size: int) -> int:
