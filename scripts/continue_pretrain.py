@@ -20,6 +20,7 @@ result as it was.
 import dataclasses
 import json
 import logging
+import statistics
 from pathlib import Path
 
 import torch
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> dict:
         (ModelArguments, DataArguments, TrainingArguments), argv, description=__doc__
     )
     logging.basicConfig(format="%(message)s")
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO if training_args.process_index == 0 else logging.WARNING)
     settings = describe(model_args, data_args, training_args)
     config = check(model_args, data_args, training_args)
     run = RunFolder(Path(training_args.output_dir))
@@ -113,8 +114,11 @@ def check(model_args: ModelArguments, data_args: DataArguments, training_args: T
 
 def describe(model_args, data_args, training_args) -> dict:
     """What was asked for: our arguments, and those of TrainingArguments that differ from their defaults."""
-    defaults = TrainingArguments(output_dir=training_args.output_dir).to_dict()
-    given = {k: v for k, v in training_args.to_dict().items() if v != defaults.get(k)}
+    defaults = {field.name: field.default for field in dataclasses.fields(training_args)}
+    values = {
+        name: value for name, value in training_args.to_dict().items() if name in defaults and name != "hub_token"
+    }
+    given = {name: value for name, value in values.items() if (value or None) != (defaults[name] or None)}
     groups = {"model": dataclasses.asdict(model_args), "data": dataclasses.asdict(data_args), "training": given}
     return json.loads(json.dumps(groups, default=str))
 
@@ -228,7 +232,7 @@ def make_report(trainer, before: Measurement, after: Measurement, count: Packing
         "moba_after": after.moba.summary(tokens),
         "gap_before": before.gap(tokens),
         "gap_after": after.gap(tokens),
-        "tokens_per_second": sum(speeds) / len(speeds) if speeds else None,
+        "tokens_per_second": statistics.harmonic_mean(speeds) if speeds else None,
         "trained_tokens": trainer.state.num_input_tokens_seen,
         "data": dataclasses.asdict(count),
         "config": {"moba": trainer.model.config.moba, **settings},
