@@ -8,6 +8,7 @@ because selective activation checkpointing in the ecosystem keeps, rather than r
 import functools
 import logging
 import math
+from operator import index
 
 import torch
 
@@ -57,7 +58,7 @@ def moba_attention(
         return dense_attention(
             query, key, value, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, scale=scale
         )
-    name = engines.choose(engine, query.device.type)
+    name = _choose(engine, query, block_size)
     if engine == "auto" and not torch.compiler.is_compiling():
         _say_once(name, query.device.type)
     selected = _select(query, key, cu_seqlens_q, cu_seqlens_k, block_size, _useful_slots(top_k, key, block_size), name)
@@ -83,7 +84,7 @@ def select_blocks(
     """
     cu_seqlens_q, cu_seqlens_k = _check(query, key, key, block_size, top_k, cu_seqlens_q, cu_seqlens_k)
     slots = _useful_slots(top_k, key, block_size)
-    name = engines.choose("auto", query.device.type)
+    name = _choose("auto", query, block_size)
     selected = _select(query, key, cu_seqlens_q, cu_seqlens_k, block_size, slots, name)
     return torch.nn.functional.pad(selected, (0, top_k - 1 - slots), value=-1)
 
@@ -116,6 +117,11 @@ def _covers(sight: int, key: torch.Tensor, cu_seqlens_k: torch.Tensor) -> bool:
     if torch.compiler.is_compiling() or key.device.type != "cpu":
         return False
     return bool(cu_seqlens_k.diff().max() <= sight)
+
+
+def _choose(engine: str, query: torch.Tensor, block_size: int) -> str:
+    # index: a compiled graph with dynamic shapes fixes these two numbers and keeps the others dynamic (int does not)
+    return engines.choose(engine, query.device.type, query.dtype, index(block_size), index(query.shape[-1]))
 
 
 def _useful_slots(top_k: int, key: torch.Tensor, block_size: int) -> int:
