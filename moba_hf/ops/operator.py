@@ -62,10 +62,11 @@ def moba_attention(
     if engine == "auto" and not torch.compiler.is_compiling():
         _say_once(name, query.device.type)
     selected = _select(query, key, cu_seqlens_q, cu_seqlens_k, block_size, _useful_slots(top_k, key, block_size), name)
-    arguments = (query, key, value, selected, cu_seqlens_q, cu_seqlens_k, block_size, scale)
+    where = (selected, cu_seqlens_q, cu_seqlens_k, block_size)
     if name == "reference":
-        return engines.load(name).attention(*arguments)
-    return attention_forward(*arguments, name)[0]
+        return engines.load(name).attention(query, key, value, *where, scale)
+    query, scale = _positive_scale(query, scale)
+    return attention_forward(query, key, value, *where, scale, name)[0]
 
 
 def select_blocks(
@@ -103,6 +104,7 @@ def dense_attention(
     Arguments and result as in `moba_attention`, whose checks the caller has passed or does not need.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    query, scale = _positive_scale(query, scale)
     nothing = query.new_empty((*query.shape[:2], 0), dtype=torch.int32)
     return attention_forward(query, key, value, nothing, cu_seqlens_q, cu_seqlens_k, 1, scale, "dense")[0]
 
@@ -122,6 +124,13 @@ def _covers(sight: int, key: torch.Tensor, cu_seqlens_k: torch.Tensor) -> bool:
 def _choose(engine: str, query: torch.Tensor, block_size: int) -> str:
     # index: a compiled graph with dynamic shapes fixes these two numbers and keeps the others dynamic (int does not)
     return engines.choose(engine, query.device.type, query.dtype, index(block_size), index(query.shape[-1]))
+
+
+def _positive_scale(query: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
+    """The same scores with a scale > 0: kernels mask with −inf before they scale, which a scale ≤ 0 turns into NaN."""
+    if scale > 0:
+        return query, scale
+    return (-query, -scale) if scale < 0 else (query * 0, 1.0)
 
 
 def _useful_slots(top_k: int, key: torch.Tensor, block_size: int) -> int:
