@@ -293,6 +293,8 @@ class _Work:
         total_q, total_k = query.shape[0], key.shape[0]
         if total_q == 0 or total_k == 0:
             return None
+        if scale <= 0:  # their running maximum is that of the unscaled scores
+            raise ValueError(f"engine='flash' takes a scale above 0, as its kernels do, but was given {scale}")
         provider = flash_providers.choose(query.device.type, query.dtype, query.shape[2])
         blocks = _Blocks.build(cu_seqlens_q, cu_seqlens_k, total_q, total_k, block_size)
         if blocks.count > _MOST_SEGMENTS:

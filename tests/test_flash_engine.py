@@ -1,0 +1,281 @@
+"""The flash engine: on the CPU through the stand-in provider, on a GPU through every provider importable there.
+
+The stand-in returns NaN for whatever the provider contract leaves undefined and refuses segments longer than announced.
+The grid, scaled down from the foundation's: three dtypes; group sizes 1, 2, all-heads-one-kv; packed lengths around the
+edges of a block (empty, 1, B − 1, B, B + 1, a long one with a tail), all of them queries or the last few only, so that
+queries begin inside a block; top_k 1 (no past stream), 2, and more than there are blocks; odd block sizes.
+"""
+
+import pytest
+import torch
+from tolerance import assert_close_as_eager, check_engine, eager_attention, run
+
+import moba_hf
+from moba_hf.ops import engines, routing
+from moba_hf.ops.engines import flash_providers, flash_varlen
+from moba_hf.ops.engines.softmax_merge import merge_weights
+from moba_hf.ops.operator import attention_forward
+
+
+def cu(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def states(lengths_q, lengths_k, heads=4, kv_heads=2, dim=8, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((sum(lengths_q), heads), (sum(lengths_k), kv_heads), (sum(lengths_k), kv_heads))
+    return [torch.randn(*shape, dim, generator=generator).to(dtype) for shape in shapes]
+
+
+def around(block_size):
+    return [0, 1, block_size - 1, block_size, block_size + 1, 5 * block_size + 3, 0]
+
+
+def last_queries(lengths, most):
+    return [min(n, most) if i % 2 else n // 3 for i, n in enumerate(lengths)]
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Ranges of 5 tokens, which begin and end inside blocks, and bounds measured rather than taken from shapes."""
+    monkeypatch.setenv("MOBA_HF_WORKSPACE_MB", "0")
+    monkeypatch.setattr(flash_varlen, "_TILE", 5)
+    monkeypatch.setattr(flash_providers.CpuFlashAttention, "launches_by_max_seqlen", True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)], ids=str)
+@pytest.mark.parametrize("block_size", [3, 5, 8])
+@pytest.mark.parametrize("top_k", [1, 2, 50])
+def test_lengths_and_budgets(dtype, heads, block_size, top_k):
+    lengths = around(block_size)
+    check_engine("flash", states(lengths, lengths, *heads, dtype=dtype), cu(lengths), cu(lengths), block_size, top_k)
+
+
+@pytest.mark.parametrize("block_size", [3, 5, 8])
+@pytest.mark.parametrize("top_k", [1, 2, 3, 50])
+@pytest.mark.parametrize("most", [1, 4, 11, 1000])
+def test_queries_at_the_end_of_longer_keys(block_size, top_k, most):
+    lengths_k = around(block_size)
+    lengths_q = last_queries(lengths_k, most)
+    check_engine("flash", states(lengths_q, lengths_k), cu(lengths_q), cu(lengths_k), block_size, top_k)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("block_size", [3, 5, 8])
+@pytest.mark.parametrize("top_k", [1, 2, 50])
+@pytest.mark.parametrize("most", [11, 1000])
+def test_work_cut_into_pieces(small_pieces, dtype, block_size, top_k, most):
+    lengths_k = around(block_size)
+    lengths_q = last_queries(lengths_k, most)
+    tensors = states(lengths_q, lengths_k, 32, 2, dtype=dtype)  # a group so large that bounds are worth measuring
+    check_engine("flash", tensors, cu(lengths_q), cu(lengths_k), block_size, top_k)
+
+
+@pytest.mark.parametrize("top_k", [2, 50])
+def test_blocks_of_one_token(top_k):
+    """With top_k 1 the output would be the value itself, and the gradients of query and key nothing but rounding."""
+    check_engine("flash", states([1, 0, 17], [1, 0, 17]), cu([1, 0, 17]), cu([1, 0, 17]), 1, top_k)
+
+
+def test_measured_bounds_are_exact(small_pieces):
+    """_max_rows of every piece is the longest list of the piece: compared with counting in Python."""
+    query, key, _ = states([43, 9], [43, 9], 32, 2)
+    where = (cu([43, 9]), cu([43, 9]), 4)
+    selected = routing.select(query, key, *where, 2)
+    work = flash_varlen._Work.plan(query, key, selected, *where, 1.0, backward=False)
+    for piece in work.pieces():
+        past = work.order_by_block(piece, 52)
+        longest = past.segments.cu_seqlens_q.diff().max().item()
+        assert piece.max_rows == max(2, longest) == past.segments.max_seqlen_q
+
+
+def test_attention_sink():
+    query, key, value = states([200], [200], 8, 1)
+    key[:4] += 2.0
+    check_engine("flash", (query.abs(), key, value), cu([200]), cu([200]), 4, 3)
+
+
+def test_strides_and_expanded_gradient():
+    query, key, value = states([30], [30])
+    heads_first = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (query, key, value)]
+    fused = torch.cat([query, key, value], 1).split([4, 2, 2], 1)
+    where = dict(block_size=4, top_k=3, engine="flash")
+    expected = run(lambda *x: moba_hf.moba_attention(*x, **where), (query, key, value))
+    for views in (heads_first, fused):
+        leaves = [x.detach().requires_grad_() for x in views]
+        output = moba_hf.moba_attention(*leaves, **where)
+        output.sum().backward()
+        for actual, wanted in zip((output, *(x.grad for x in leaves)), expected):
+            torch.testing.assert_close(actual, wanted)
+
+
+def test_gradcheck():
+    tensors = [x.double().requires_grad_() for x in states([7, 0, 4], [7, 0, 4], 2, 1, 4)]
+    where = dict(block_size=2, top_k=2, cu_seqlens_q=cu([7, 0, 4]), cu_seqlens_k=cu([7, 0, 4]), engine="flash")
+    assert torch.autograd.gradcheck(lambda *x: moba_hf.moba_attention(*x, **where), tensors)
+
+
+@pytest.mark.parametrize("slots", [0, 2])
+def test_rows_past_the_last_sequence(slots):
+    """Zeros, lse −inf and no gradient, whatever the rows hold; also where queries lag behind keys."""
+    tensors = [torch.cat([x, torch.full_like(x[:9], float("nan"))]) for x in states([21], [30])]
+    selected = torch.full((30, 4, slots), -1, dtype=torch.int32)
+    leaves = [x.requires_grad_() for x in tensors]
+    output, lse = attention_forward(*leaves, selected, cu([21]), cu([30]), 8, 0.25, "flash")
+    output[:21].sum().backward()
+    assert (output[21:] == 0).all() and (lse[21:] == float("-inf")).all()
+    assert output[:21].isfinite().all() and lse[:21].isfinite().all()
+    for leaf, rows in zip(leaves, (21, 30, 30)):
+        assert (leaf.grad[rows:] == 0).all() and leaf.grad[:rows].isfinite().all()
+
+
+def test_nothing_at_all():
+    tensors = states([0], [7])
+    where = dict(block_size=4, top_k=2, cu_seqlens_q=cu([0]), cu_seqlens_k=cu([7]), engine="flash")
+    results = run(lambda *x: moba_hf.moba_attention(*x, **where), tensors)
+    assert [x.shape for x in results] == [x.shape for x in (tensors[0], *tensors)]
+    assert all((x == 0).all() for x in results[1:])
+
+
+def test_too_many_blocks_and_scales_it_cannot_take():
+    query, key, value = states([4], [4], dim=8)
+    long = key[:1].expand(70_000, -1, -1)
+    with pytest.raises(ValueError, match="at most 65535 blocks"):
+        moba_hf.moba_attention(query, long, long, block_size=1, top_k=1, engine="flash")
+    with pytest.raises(ValueError, match="scale above 0"):
+        moba_hf.moba_attention(query, key, value, block_size=4, top_k=2, scale=-1.0, engine="flash")
+
+
+def test_merge_weights():
+    lse = torch.tensor([[0.0, 0.0], [float("-inf"), 3.0], [float("-inf"), float("-inf")]])
+    weights, total = merge_weights(lse)
+    assert weights.tolist() == [[0.5, 0.5], [0.0, 1.0], [0.0, 0.0]]
+    torch.testing.assert_close(total, torch.tensor([0.6931472, 3.0, float("-inf")]))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_to_one_graph(dynamic):
+    attention = torch.compile(
+        lambda *x: moba_hf.moba_attention(*x, block_size=4, top_k=2, engine="flash"),
+        backend="aot_eager", fullgraph=True, dynamic=dynamic,
+    )  # fmt: skip
+    for tokens in (20, 23):
+        tensors = states([tokens], [tokens])
+        expected = run(lambda *x: moba_hf.moba_attention(*x, block_size=4, top_k=2, engine="reference"), tensors)
+        for actual, wanted in zip(run(attention, tensors), expected):
+            torch.testing.assert_close(actual, wanted)
+
+
+# ---- the choice of "auto" ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "flash", "triton", "block_size", "engine"),
+    [
+        ("cpu", None, False, 4096, "blockwise"),
+        ("mps", None, True, 4096, "blockwise"),
+        ("cuda", "fa3", True, 4096, "flash"),
+        ("cuda", "fa4", True, 2048, "flash"),
+        ("cuda", "fa3", True, 2047, "triton"),
+        ("cuda", "fa2", True, 4096, "triton"),
+        ("cuda", "torch", True, 4096, "triton"),
+        ("cuda", "torch", False, 128, "flash"),
+        ("cuda", "fa3", False, 128, "flash"),
+        ("cuda", None, True, 4096, "triton"),
+        ("cuda", None, False, 4096, "blockwise"),
+    ],
+)
+def test_automatic_choice(device, flash, triton, block_size, engine):
+    assert engines.automatic(device, flash, triton, block_size) == engine
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU says")
+def test_without_a_gpu():
+    status = moba_hf.engines()["flash"]
+    assert not status.available and "no CUDA device" in status.reason and "meant for tests" in status.reason
+    with pytest.raises(RuntimeError, match="no CUDA device"):
+        engines.choose("flash", "cuda", torch.bfloat16, 4096, 128)
+    assert engines.choose("flash", "cpu", torch.float32, 4096, 128) == "flash"
+    assert engines.choose("auto", "cpu", torch.float32, 4096, 128) == "blockwise"
+
+
+# ---- on a GPU ------------------------------------------------------------------------------------------------------
+
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.fixture(params=[pytest.param(name, marks=gpu) for name in flash_providers.ORDER])
+def provider(request, monkeypatch):
+    monkeypatch.setenv("MOBA_HF_FLASH_PROVIDER", request.param)
+    reason = flash_varlen.unavailable()
+    return request.param if reason is None else pytest.skip(reason)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("heads", "dim"), [((4, 4), 64), ((6, 2), 128), ((8, 1), 40)], ids=str)
+@pytest.mark.parametrize("block_size", [48, 256])
+@pytest.mark.parametrize("top_k", [1, 3, 50])
+@pytest.mark.parametrize("pieces", [False, True])
+def test_parity_on_a_gpu(provider, monkeypatch, dtype, heads, dim, block_size, top_k, pieces):
+    """Bounded by the error of eager attention in the same dtype on the same GPU."""
+    if pieces:
+        monkeypatch.setenv("MOBA_HF_WORKSPACE_MB", "0")  # ranges of 128 tokens
+    lengths_k = around(block_size)
+    lengths_q = last_queries(lengths_k, 2 * block_size + 5) if pieces else lengths_k
+    tensors = [x.cuda() for x in states(lengths_q, lengths_k, *heads, dim=dim, dtype=dtype)]
+    check_engine_on_gpu(tensors, cu(lengths_q).cuda(), cu(lengths_k).cuda(), block_size, top_k)
+
+
+def check_engine_on_gpu(tensors, cu_q, cu_k, block_size, top_k):
+    query, key, _ = tensors
+    selected = routing.select(query, key, cu_q, cu_k, block_size, top_k - 1)
+    where = (selected, cu_q, cu_k, block_size, query.shape[-1] ** -0.5)
+    grad = torch.randn(query.shape, device="cuda", generator=torch.Generator("cuda").manual_seed(5)).to(query.dtype)
+    wide = [x.double() for x in tensors]
+    exact = run(lambda *x: engines.load("reference").attention(*x, *where), wide, grad)
+    eager = run(lambda *x: eager_attention(*x, *where), tensors, grad)
+    actual = run(lambda *x: attention_forward(*x, *where, "flash")[0], tensors, grad)
+    for name, *results in zip(("output", "grad_query", "grad_key", "grad_value"), actual, exact, eager):
+        assert_close_as_eager(*results, f"flash {name}")
+
+
+def test_padded_rows_on_a_gpu(provider):
+    """What lies past the sequences never reaches a result, with the real kernels' idea of undefined."""
+    tensors = [torch.cat([x, torch.full_like(x[:9], float("nan"))]).cuda() for x in states([210], [300], dim=64)]
+    leaves = [x.bfloat16().requires_grad_() for x in tensors]
+    where = (cu([210]).cuda(), cu([300]).cuda(), 32)
+    selected = routing.select(leaves[0].detach(), leaves[1].detach(), *where, 2)
+    output, lse = attention_forward(*leaves, selected, *where, 0.125, "flash")
+    output[:210].float().sum().backward()
+    assert (output[210:] == 0).all() and (lse[210:] == float("-inf")).all() and output.isfinite().all()
+    for leaf, rows in zip(leaves, (210, 300, 300)):
+        assert (leaf.grad[rows:] == 0).all() and leaf.grad[:rows].isfinite().all()
+
+
+@pytest.mark.parametrize("workspace", [64, 256])
+def test_memory_on_a_gpu(provider, monkeypatch, workspace):
+    """Extra memory stays within the workspace, and what the docstring adds to it for the backward."""
+    monkeypatch.setenv("MOBA_HF_WORKSPACE_MB", str(workspace))
+    tokens, heads, kv_heads, dim, block_size = 32_768, 8, 2, 128, 1024
+    query, grad = (torch.randn(tokens, heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    key, value = (torch.randn(tokens, kv_heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    where = (cu([tokens]).cuda(), cu([tokens]).cuda(), block_size)
+    arguments = (query, key, value, routing.select(query, key, *where, 5), *where, 0.1)
+    output, lse = measured(lambda: flash_varlen.forward(*arguments), workspace)
+    fixed = 12 * tokens * dim + 4 * dim * 128 * (tokens // block_size + 1) * heads // kv_heads
+    measured(
+        lambda: flash_varlen.backward(grad, *arguments[:3], output, lse, *arguments[3:]), workspace + fixed / 2**20
+    )
+
+
+def measured(function, megabytes):
+    """The function's results; asserts that it took no more than this much memory beyond them."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    results = function()
+    kept = sum(x.numel() * x.element_size() for x in results)
+    extra = (torch.cuda.max_memory_allocated() - before - kept) / 2**20
+    assert extra <= megabytes, f"took {extra:.0f} MiB beyond its results, allowed {megabytes:.0f}"
+    return results
