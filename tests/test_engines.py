@@ -61,15 +61,16 @@ def test_cut_own_blocks(engine, block_size):
 @pytest.mark.parametrize("scale", [1.7, 1e-3, -0.2, 0])
 def test_scales(engine, scale):
     lengths = [70, 20]
+    tensors = states(lengths, lengths, dtype=torch.float64)
     where = dict(cu_seqlens_q=cu(lengths), cu_seqlens_k=cu(lengths), scale=scale)
     moba = dict(block_size=16, top_k=2 if engine != "dense" else 9)
     if engine == "dense":
-        actual = run(lambda *x: dense_attention(*x, **where), states(lengths, lengths))
+        actual = run(lambda *x: dense_attention(*x, **where), tensors)
     else:
-        actual = run(lambda *x: moba_hf.moba_attention(*x, **moba, **where, engine=engine), states(lengths, lengths))
-    expected = run(lambda *x: moba_hf.moba_attention(*x, **moba, **where, engine="reference"), states(lengths, lengths))
+        actual = run(lambda *x: moba_hf.moba_attention(*x, **moba, **where, engine=engine), tensors)
+    expected = run(lambda *x: moba_hf.moba_attention(*x, **moba, **where, engine="reference"), tensors)
     for one, two in zip(actual, expected):
-        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(one, two, atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
