@@ -243,6 +243,7 @@ def make_report(trainer, before: Measurement, after: Measurement, count: Packing
 def draw_losses(file: Path, trainer, before: Measurement, after: Measurement, data_args: DataArguments) -> None:
     """Every point of the curves is measured on the same sequences: those that were measured during training."""
     few, tokens = data_args.meter_sequences, data_args.trailing_tokens
+    number, length = before.full.by_token.shape[0], data_args.sequence_length
     history = [entry for entry in trainer.state.log_history if "eval_gap" in entry]
     curve = {entry["step"]: {name: entry[f"eval_{name}"] for name in _CURVES} for entry in history}
     for step, measurement in ((0, before.first(few)), (trainer.state.global_step, after.first(few))):
@@ -255,7 +256,7 @@ def draw_losses(file: Path, trainer, before: Measurement, after: Measurement, da
         {"mean": lines["full_mean"], "trailing": lines["full_trailing"]},
         {"mean": lines["moba_mean"], "trailing": lines["moba_trailing"]},
         trailing_tokens=tokens,
-        title=f"Held-out loss, {few} sequences of {data_args.sequence_length} tokens",
+        title=f"Held-out loss on {min(few, number)} of {number} sequences of {length} tokens",
     )
     save(figure, file)
 
