@@ -237,7 +237,7 @@ def check_engine_on_gpu(tensors, cu_q, cu_k, block_size, top_k):
     eager = run(lambda *x: eager_attention(*x, *where), tensors, grad)
     actual = run(lambda *x: attention_forward(*x, *where, "flash")[0], tensors, grad)
     for name, *results in zip(("output", "grad_query", "grad_key", "grad_value"), actual, exact, eager):
-        assert_close_as_eager(*results, f"flash {name}")
+        assert_close_as_eager(*results, what=f"flash {name}")
 
 
 def test_padded_rows_on_a_gpu(provider):

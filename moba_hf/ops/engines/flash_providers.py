@@ -291,7 +291,8 @@ def _kernel_ready(*tensors: torch.Tensor) -> list[torch.Tensor]:
         strides = (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:-1]))
         return x.stride(-1) == 1 and all(s % 16 == 0 for s in strides)
 
-    return [x if aligned(x) else x.contiguous() for x in tensors]
+    # clone, because contiguous() leaves alone what is contiguous but begins at an odd place
+    return [x if aligned(x) else x.clone(memory_format=torch.contiguous_format) for x in tensors]
 
 
 def _empty_grads(query, key, value):
