@@ -1,0 +1,440 @@
+"""Gradients of attention over the selected blocks: steps 3 to 5 of the paper's Algorithm 1, backwards.
+
+With P = softmax(scale · Q Kᵀ) over the keys taken, rebuilt from the saved log-sum-exp, and δ = rowsum(dO · O):
+
+    dV = Pᵀ dO        dS = P ∘ (dO Vᵀ − δ)        dQ = scale · dS K        dK = scale · dSᵀ Q
+
+Keys own their gradients: one program holds dK and dV of a tile of keys in registers while the rows that attend it pass
+by, from all heads of the group. The own-block kernel comes first and writes every element of the sums, the past-block
+kernel adds to them. Queries gather theirs: a past block leaves one partial dQ per entry, addressed by (row, slot), and
+the last kernel adds the partials in slot order to the own block's. No result depends on the order of programs, except
+where the rows of one block are split over several programs, which then add with atomics.
+
+A *row* is one (token, head of the group) of a KV head: row = (token − first token) · group + head within the group.
+An *entry* is one (row, slot): entry = row · slots + slot.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .backward_settings import BackwardSettings, Tile
+from .bucket_sort import bucket_tiles, sort_by_block
+from .workspace import head_passes, token_passes
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def delta_kernel(
+    do_ptr, o_ptr, delta_ptr, do_token, do_head, o_token, o_head, rows, heads,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """δ = rowsum(dO · O), the part of dS that the softmax's denominator contributes.
+
+    One program owns ROWS consecutive (token, head) pairs. do, o: [tokens, heads, HEAD_DIM]; delta: float32
+    [tokens, heads]. Everything is read and written once.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    token, head = row // heads, row % heads
+    d = tl.arange(0, WIDTH)
+    inside = (row < rows)[:, None] & (d < HEAD_DIM)[None, :]
+    do = tl.load(do_ptr + (token * do_token + head * do_head)[:, None] + d[None, :], mask=inside, other=0.0)
+    o = tl.load(o_ptr + (token * o_token + head * o_head)[:, None] + d[None, :], mask=inside, other=0.0)
+    tl.store(delta_ptr + row, tl.sum(do.to(tl.float32) * o.to(tl.float32), 1), mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["first_kv_head", "total_k"])
+def own_block_keys_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, own_start_ptr, key_row_ptr, first_query_ptr, end_query_ptr,
+    dk_ptr, dv_ptr,
+    q_token, q_head, k_token, k_head, v_token, v_head, do_token, do_head, sum_token, sum_head,
+    first_kv_head, total_k, heads, scale, scale_log2,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dK and dV from the queries whose own block holds the key (step 3, the causal half).
+
+    Program (i, h) owns keys i · KEYS … of the packed batch, KV head first_kv_head + h, wherever blocks and sequences
+    begin, and reads the queries first_query[i] … end_query[i] − 1. A query attends the keys own_start … key_row.
+    q, do: [total_q, heads, HEAD_DIM]; k, v: [total_k, kv_heads, HEAD_DIM]; lse, delta: float32 [total_q, heads];
+    own_start, key_row: int32 [total_q]; first_query, end_query: int32 [key tiles];
+    dk, dv: float32 [kv heads of the pass, total_k, HEAD_DIM], every element written once.
+    """
+    tile, slice_head = tl.program_id(0), tl.program_id(1)
+    kv_head = first_kv_head + slice_head
+    d = tl.arange(0, WIDTH)
+    key = tile * KEYS + tl.arange(0, KEYS)
+    key_mask = (key < total_k)[:, None] & (d < HEAD_DIM)[None, :]
+    key64 = key[:, None].to(tl.int64)
+    k = tl.load(k_ptr + key64 * k_token + kv_head * k_head + d[None, :], mask=key_mask, other=0.0)
+    v = tl.load(v_ptr + key64 * v_token + kv_head * v_head + d[None, :], mask=key_mask, other=0.0)
+    dk = tl.zeros([KEYS, WIDTH], tl.float32)
+    dv = tl.zeros([KEYS, WIDTH], tl.float32)
+    end = tl.load(end_query_ptr + tile) * GROUP
+    for first in tl.range(tl.load(first_query_ptr + tile) * GROUP, end, ROWS, num_stages=STAGES):
+        row = first + tl.arange(0, ROWS)
+        taken = row < end
+        token, head = (row // GROUP).to(tl.int64), kv_head * GROUP + row % GROUP
+        row_mask = taken[:, None] & (d < HEAD_DIM)[None, :]
+        q = tl.load(q_ptr + (token * q_token + head * q_head)[:, None] + d[None, :], mask=row_mask, other=0.0)
+        do = tl.load(do_ptr + (token * do_token + head * do_head)[:, None] + d[None, :], mask=row_mask, other=0.0)
+        lse = tl.load(lse_ptr + token * heads + head, mask=taken, other=float("inf")) * LOG2_E
+        delta = tl.load(delta_ptr + token * heads + head, mask=taken, other=0.0)
+        own_start = tl.load(own_start_ptr + token, mask=taken, other=total_k)
+        key_row = tl.load(key_row_ptr + token, mask=taken, other=-1)
+        visible = (own_start[None, :] <= key[:, None]) & (key[:, None] <= key_row[None, :])
+        scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2
+        p = tl.where(visible, tl.math.exp2(scores - lse[None, :]), 0.0)
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+        # the second `where` keeps a row of keys that belongs to no sequence, which may hold anything, out of dK
+        ds = tl.where(visible, p * (dp - delta[None, :]), 0.0).to(q.dtype)
+        dk = tl.dot(ds, q, dk, input_precision="ieee")
+    out = slice_head.to(tl.int64) * sum_head + key64 * sum_token + d[None, :]
+    tl.store(dk_ptr + out, dk * scale, mask=key_mask)
+    tl.store(dv_ptr + out, dv, mask=key_mask)
+
+
+@triton.jit(do_not_specialize=["entries_head", "first_token", "first_kv_head", "n_blocks", "max_tiles"])
+def past_block_keys_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, entries_ptr, offsets_ptr, bucket_ptr, begin_ptr, end_ptr,
+    block_start_ptr, dq_ptr, dk_ptr, dv_ptr,
+    q_token, q_head, k_token, k_head, v_token, v_head, do_token, do_head, sum_token, sum_head,
+    entries_head, partial_head, first_token, first_kv_head, n_blocks, max_tiles, heads, scale, scale_log2,
+    GROUP: tl.constexpr, SLOTS: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, WITH_DQ: tl.constexpr,
+):  # fmt: skip
+    """dK and dV from the queries that selected a block (step 3); with WITH_DQ also their partial dQ: five matmuls.
+
+    Program (i, h) owns one tile of keys of one block — the whole block WITH_DQ — and the entries begin … end − 1 of
+    the block's bucket, for KV head first_kv_head + h. Blocks that fill several key tiles take neighbouring programs,
+    so that the gathered rows are still in the L2 cache for the next one.
+    q, do: [total_q, heads, HEAD_DIM]; k, v: [total_k, kv_heads, HEAD_DIM]; lse, delta: float32 [total_q, heads];
+    entries: int32 [kv heads of the pass, max_entries]; offsets: int32 [kv heads of the pass, n_blocks + 1];
+    bucket, begin, end: int32 [kv heads of the pass, max_tiles], bucket −1 where unused; block_start: int32 [n_blocks];
+    dq: [kv heads of the pass, entries, HEAD_DIM], written at each entry, once;
+    dk, dv: float32 [kv heads of the pass, total_k, HEAD_DIM], added to: without atomics where the bucket is whole.
+    """
+    key_tiles: tl.constexpr = (BLOCK_SIZE + KEYS - 1) // KEYS
+    slice_head = tl.program_id(1).to(tl.int64)
+    tile = slice_head * max_tiles + tl.program_id(0) // key_tiles
+    bucket = tl.load(bucket_ptr + tile)
+    if bucket < 0:
+        return
+    begin, end = tl.load(begin_ptr + tile), tl.load(end_ptr + tile)
+    kv_head = first_kv_head + tl.program_id(1)
+    d = tl.arange(0, WIDTH)
+    within = (tl.program_id(0) % key_tiles) * KEYS + tl.arange(0, KEYS)
+    key = (tl.load(block_start_ptr + bucket) + within)[:, None].to(tl.int64)
+    key_mask = (within < BLOCK_SIZE)[:, None] & (d < HEAD_DIM)[None, :]
+    k = tl.load(k_ptr + key * k_token + kv_head * k_head + d[None, :], mask=key_mask, other=0.0)
+    v = tl.load(v_ptr + key * v_token + kv_head * v_head + d[None, :], mask=key_mask, other=0.0)
+    dk = tl.zeros([KEYS, WIDTH], tl.float32)
+    dv = tl.zeros([KEYS, WIDTH], tl.float32)
+    entries_ptr += slice_head * entries_head
+    dq_ptr += slice_head * partial_head
+    for first in tl.range(begin, end, ROWS, num_stages=STAGES):
+        taken = first + tl.arange(0, ROWS) < end
+        entry = tl.load(entries_ptr + first + tl.arange(0, ROWS), mask=taken, other=0)
+        row = entry // SLOTS
+        token, head = (first_token + row // GROUP).to(tl.int64), kv_head * GROUP + row % GROUP
+        row_mask = taken[:, None] & (d < HEAD_DIM)[None, :]
+        q = tl.load(q_ptr + (token * q_token + head * q_head)[:, None] + d[None, :], mask=row_mask, other=0.0)
+        do = tl.load(do_ptr + (token * do_token + head * do_head)[:, None] + d[None, :], mask=row_mask, other=0.0)
+        lse = tl.load(lse_ptr + token * heads + head, mask=taken, other=float("inf")) * LOG2_E
+        delta = tl.load(delta_ptr + token * heads + head, mask=taken, other=0.0)
+        p = tl.math.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 - lse[None, :])
+        if BLOCK_SIZE % KEYS != 0:
+            p = tl.where((within < BLOCK_SIZE)[:, None], p, 0.0)
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+        ds = (p * (dp - delta[None, :])).to(q.dtype)
+        dk = tl.dot(ds, q, dk, input_precision="ieee")
+        if WITH_DQ:
+            dq = tl.dot(tl.trans(ds), k, input_precision="ieee") * scale
+            out = entry[:, None].to(tl.int64) * HEAD_DIM + d[None, :]
+            tl.store(dq_ptr + out, dq.to(dq_ptr.dtype.element_ty), mask=row_mask)
+    out = slice_head * sum_head + key * sum_token + d[None, :]
+    offsets_ptr += slice_head * (n_blocks + 1) + bucket
+    if (begin == tl.load(offsets_ptr)) & (end == tl.load(offsets_ptr + 1)):
+        tl.store(dk_ptr + out, tl.load(dk_ptr + out, mask=key_mask, other=0.0) + dk * scale, mask=key_mask)
+        tl.store(dv_ptr + out, tl.load(dv_ptr + out, mask=key_mask, other=0.0) + dv, mask=key_mask)
+    else:
+        tl.atomic_add(dk_ptr + out, dk * scale, mask=key_mask, sem="relaxed")
+        tl.atomic_add(dv_ptr + out, dv, mask=key_mask, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["entries_head", "first_token", "first_kv_head", "max_tiles"])
+def past_block_queries_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, entries_ptr, bucket_ptr, begin_ptr, end_ptr,
+    block_start_ptr, dq_ptr,
+    q_token, q_head, k_token, k_head, v_token, v_head, do_token, do_head,
+    entries_head, partial_head, first_token, first_kv_head, max_tiles, heads, scale, scale_log2,
+    GROUP: tl.constexpr, SLOTS: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Partial dQ of the queries that selected a block, for blocks too large to stay on chip (step 3).
+
+    Program (i, h) owns the ROWS entries begin … end − 1 of one bucket of KV head first_kv_head + h and loops over the
+    block's keys. Pointers as in `past_block_keys_kernel`, the tiles cut for ROWS; each entry of dq is written once.
+    """
+    slice_head = tl.program_id(1).to(tl.int64)
+    tile = slice_head * max_tiles + tl.program_id(0)
+    bucket = tl.load(bucket_ptr + tile)
+    if bucket < 0:
+        return
+    position = tl.load(begin_ptr + tile) + tl.arange(0, ROWS)
+    kv_head = first_kv_head + tl.program_id(1)
+    taken = position < tl.load(end_ptr + tile)
+    entry = tl.load(entries_ptr + slice_head * entries_head + position, mask=taken, other=0)
+    row = entry // SLOTS
+    token, head = (first_token + row // GROUP).to(tl.int64), kv_head * GROUP + row % GROUP
+    d = tl.arange(0, WIDTH)
+    row_mask = taken[:, None] & (d < HEAD_DIM)[None, :]
+    q = tl.load(q_ptr + (token * q_token + head * q_head)[:, None] + d[None, :], mask=row_mask, other=0.0)
+    do = tl.load(do_ptr + (token * do_token + head * do_head)[:, None] + d[None, :], mask=row_mask, other=0.0)
+    lse = tl.load(lse_ptr + token * heads + head, mask=taken, other=float("inf")) * LOG2_E
+    delta = tl.load(delta_ptr + token * heads + head, mask=taken, other=0.0)
+    block_start = tl.load(block_start_ptr + bucket).to(tl.int64)
+    k_ptr += block_start * k_token + kv_head * k_head
+    v_ptr += block_start * v_token + kv_head * v_head
+    dq = tl.zeros([ROWS, WIDTH], tl.float32)
+    for first in tl.range(0, BLOCK_SIZE, KEYS, num_stages=STAGES):
+        key = (first + tl.arange(0, KEYS))[:, None]
+        key_mask = (key < BLOCK_SIZE) & (d < HEAD_DIM)[None, :]
+        k = tl.load(k_ptr + key * k_token + d[None, :], mask=key_mask, other=0.0)
+        v = tl.load(v_ptr + key * v_token + d[None, :], mask=key_mask, other=0.0)
+        p = tl.math.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 - lse[:, None])
+        if BLOCK_SIZE % KEYS != 0:
+            p = tl.where(tl.trans(key) < BLOCK_SIZE, p, 0.0)
+        ds = (p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])).to(q.dtype)
+        dq = tl.dot(ds, k, dq, input_precision="ieee")
+    out = slice_head * partial_head + entry[:, None].to(tl.int64) * HEAD_DIM + d[None, :]
+    tl.store(dq_ptr + out, (dq * scale).to(dq_ptr.dtype.element_ty), mask=row_mask)
+
+
+@triton.jit(do_not_specialize=["first_token", "end_token", "first_kv_head", "total_k"])
+def own_block_queries_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, own_start_ptr, key_row_ptr, selected_ptr, partial_ptr, dq_ptr,
+    q_token, q_head, k_token, k_head, v_token, v_head, do_token, do_head, dq_token, dq_head,
+    partial_head, first_token, end_token, first_kv_head, total_k, heads, scale, scale_log2,
+    GROUP: tl.constexpr, SLOTS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dQ: the own block's part, causal, plus the partials of the selected blocks in slot order (steps 4 and 5).
+
+    Program (i, h) owns ROWS rows of KV head first_kv_head + h. q, do, dq: [total_q, heads, HEAD_DIM];
+    k, v: [total_k, kv_heads, HEAD_DIM]; lse, delta: float32 [total_q, heads]; own_start, key_row: int32 [total_q];
+    selected: int32 [total_q, heads, SLOTS], −1 where there is no block, whose partial was never written;
+    partial: [kv heads of the pass, entries, HEAD_DIM], read once; dq: every row of the range written once.
+    """
+    slice_head = tl.program_id(1).to(tl.int64)
+    kv_head = first_kv_head + tl.program_id(1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    taken = row < (end_token - first_token) * GROUP
+    token, head = (first_token + row // GROUP).to(tl.int64), kv_head * GROUP + row % GROUP
+    d = tl.arange(0, WIDTH)
+    row_mask = taken[:, None] & (d < HEAD_DIM)[None, :]
+    own_start = tl.load(own_start_ptr + token, mask=taken, other=total_k)
+    key_row = tl.load(key_row_ptr + token, mask=taken, other=total_k)
+    in_sequence = own_start < total_k
+    q_mask = in_sequence[:, None] & (d < HEAD_DIM)[None, :]
+    q = tl.load(q_ptr + (token * q_token + head * q_head)[:, None] + d[None, :], mask=q_mask, other=0.0)
+    do = tl.load(do_ptr + (token * do_token + head * do_head)[:, None] + d[None, :], mask=q_mask, other=0.0)
+    lse = tl.load(lse_ptr + token * heads + head, mask=in_sequence, other=float("inf")) * LOG2_E
+    delta = tl.load(delta_ptr + token * heads + head, mask=in_sequence, other=0.0)
+    dq = tl.zeros([ROWS, WIDTH], tl.float32)
+    end = tl.max(tl.where(in_sequence, key_row + 1, 0), 0)
+    for first in tl.range(tl.min(own_start, 0), end, KEYS, num_stages=STAGES):
+        key = first + tl.arange(0, KEYS)
+        key_mask = (key < end)[:, None] & (d < HEAD_DIM)[None, :]
+        key64 = key[:, None].to(tl.int64)
+        k = tl.load(k_ptr + key64 * k_token + kv_head * k_head + d[None, :], mask=key_mask, other=0.0)
+        v = tl.load(v_ptr + key64 * v_token + kv_head * v_head + d[None, :], mask=key_mask, other=0.0)
+        visible = (own_start[:, None] <= key[None, :]) & (key[None, :] <= key_row[:, None])
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        p = tl.where(visible, tl.math.exp2(scores - lse[:, None]), 0.0)
+        ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
+        dq = tl.dot(ds.to(q.dtype), k, dq, input_precision="ieee")
+    dq = dq * scale
+    partial_ptr += slice_head * partial_head
+    for slot in tl.range(0, SLOTS, num_stages=2):
+        block = tl.load(selected_ptr + (token * heads + head) * SLOTS + slot, mask=taken, other=-1)
+        entry = row.to(tl.int64) * SLOTS + slot
+        partial_mask = (block >= 0)[:, None] & (d < HEAD_DIM)[None, :]
+        dq += tl.load(partial_ptr + entry[:, None] * HEAD_DIM + d[None, :], mask=partial_mask, other=0.0).to(tl.float32)
+    out = (token * dq_token + head * dq_head)[:, None] + d[None, :]
+    tl.store(dq_ptr + out, dq.to(dq_ptr.dtype.element_ty), mask=row_mask)
+
+
+# ---- launchers -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Backward:
+    """What every launch of one backward pass shares; build it with `prepare`.
+
+    query, grad_output: [total_q, heads, head_dim]; key, value: [total_k, kv_heads, head_dim]; last stride 1.
+    lse, delta: float32 [total_q, heads], contiguous. own_start, key_row: int32 [total_q], the packed rows of the first
+    and the last key a query attends in its own block, that is its own key; total_k for rows of no sequence.
+    selected_blocks: int32 [total_q, heads, slots], contiguous; block_start: `BlockLayout`'s.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    grad_output: torch.Tensor
+    lse: torch.Tensor
+    delta: torch.Tensor
+    selected_blocks: torch.Tensor
+    own_start: torch.Tensor
+    key_row: torch.Tensor
+    block_start: torch.Tensor
+    block_size: int
+    scale: float
+    settings: BackwardSettings
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.query, self.key, self.value, self.grad_output, self.lse, self.delta
+
+    def strides(self) -> tuple[int, ...]:
+        return tuple(n for x in (self.query, self.key, self.value, self.grad_output) for n in x.stride()[:2])
+
+    def scales(self) -> dict[str, float]:
+        return {"scale": self.scale, "scale_log2": self.scale * LOG2_E.value}
+
+    def shapes(self, tile: Tile) -> dict[str, int]:
+        """The compile-time sizes of a kernel and its launch options."""
+        head_dim = self.query.shape[2]
+        return {
+            "GROUP": self.query.shape[1] // self.key.shape[1],
+            "HEAD_DIM": head_dim,
+            "WIDTH": max(16, triton.next_power_of_2(head_dim)),
+            "ROWS": tile.rows,
+            "KEYS": tile.keys,
+            "STAGES": tile.stages,
+            "num_warps": tile.warps,
+        }
+
+
+def prepare(
+    grad_output, query, key, value, output, lse, selected_blocks, layout, block_size, scale, settings
+) -> Backward:
+    """Everything that depends neither on the KV heads nor on the queries of a pass: δ and the own blocks' bounds."""
+    if grad_output.stride(2) != 1:
+        grad_output = grad_output.contiguous()
+    tokens, heads, head_dim = query.shape
+    delta = torch.empty((tokens, heads), dtype=torch.float32, device=query.device)
+    width = max(16, triton.next_power_of_2(head_dim))
+    rows = max(1, 4096 // width)
+    delta_kernel[(triton.cdiv(tokens * heads, rows),)](
+        grad_output, output, delta, *grad_output.stride()[:2], *output.stride()[:2], tokens * heads, heads,
+        HEAD_DIM=head_dim, WIDTH=width, ROWS=rows,
+    )  # fmt: skip
+    position = layout.query_position
+    key_row = layout.key_start + position
+    inside, total_k = position >= 0, key.shape[0]
+    return Backward(
+        query, key, value, grad_output, lse.contiguous(), delta, selected_blocks.contiguous(),
+        torch.where(inside, key_row - position % block_size, total_k),
+        torch.where(inside, key_row, total_k),
+        layout.block_start, block_size, scale, settings,
+    )  # fmt: skip
+
+
+def own_block_keys(call: Backward, kv_heads: range, grad_key: torch.Tensor, grad_value: torch.Tensor) -> None:
+    """Write the own blocks' part of dK and dV: float32 [kv heads of the pass, total_k, head_dim], every element."""
+    tile, total_k = call.settings.own_keys, call.key.shape[0]
+    first_key = torch.arange(0, total_k, tile.keys, dtype=torch.int32, device=call.key.device)
+    # both rows rise with the query, so the queries that attend a tile of keys are a range
+    first_query = torch.searchsorted(call.key_row, first_key, out_int32=True)
+    end_query = torch.searchsorted(call.own_start, (first_key + tile.keys).clamp(max=total_k), out_int32=True)
+    own_block_keys_kernel[(first_key.shape[0], len(kv_heads))](
+        *call.tensors(), call.own_start, call.key_row, first_query, end_query, grad_key, grad_value,
+        *call.strides(), grad_key.stride(1), grad_key.stride(0), kv_heads.start, total_k, call.query.shape[1],
+        **call.scales(), **call.shapes(tile),
+    )  # fmt: skip
+
+
+def past_block_keys(call: Backward, buckets, tiles, tokens, kv_heads, partials, grad_key, grad_value) -> None:
+    """Add the past blocks' part to dK and dV, and leave partial dQ where the settings say so (`fused`).
+
+    buckets, tiles: of the queries `tokens` and the heads `kv_heads`; tiles cut for `settings.rows_per_program` rows.
+    partials: [kv heads of the pass, len(tokens) · group · slots, head_dim].
+    """
+    tile, fused = call.settings.past_keys, call.settings.fused
+    n_blocks, max_tiles = call.block_start.shape[0], tiles[0].shape[1]
+    past_block_keys_kernel[(max_tiles * triton.cdiv(call.block_size, tile.keys), len(kv_heads))](
+        *call.tensors(), buckets.entries, buckets.offsets, *tiles, call.block_start, partials, grad_key, grad_value,
+        *call.strides(), grad_key.stride(1), grad_key.stride(0), buckets.entries.stride(0), partials.stride(0),
+        tokens.start, kv_heads.start, n_blocks, max_tiles, call.query.shape[1],
+        SLOTS=call.selected_blocks.shape[2], BLOCK_SIZE=call.block_size, WITH_DQ=fused,
+        **call.scales(), **call.shapes(tile),
+    )  # fmt: skip
+
+
+def past_block_queries(call: Backward, buckets, tiles, tokens, kv_heads, partials) -> None:
+    """Write the partial dQ of every entry; arguments as in `past_block_keys`, tiles cut for `past_queries.rows`."""
+    tile, max_tiles = call.settings.past_queries, tiles[0].shape[1]
+    past_block_queries_kernel[(max_tiles, len(kv_heads))](
+        *call.tensors(), buckets.entries, *tiles, call.block_start, partials,
+        *call.strides(), buckets.entries.stride(0), partials.stride(0),
+        tokens.start, kv_heads.start, max_tiles, call.query.shape[1],
+        SLOTS=call.selected_blocks.shape[2], BLOCK_SIZE=call.block_size, **call.scales(), **call.shapes(tile),
+    )  # fmt: skip
+
+
+def own_block_queries(call: Backward, tokens, kv_heads, partials, grad_query) -> None:
+    """Write dQ of the queries `tokens` and the heads of `kv_heads`: own blocks plus the partials."""
+    tile, group = call.settings.own_queries, call.query.shape[1] // call.key.shape[1]
+    own_block_queries_kernel[(triton.cdiv(len(tokens) * group, tile.rows), len(kv_heads))](
+        *call.tensors(), call.own_start, call.key_row, call.selected_blocks, partials, grad_query,
+        *call.strides(), *grad_query.stride()[:2], partials.stride(0), tokens.start, tokens.stop, kv_heads.start,
+        call.key.shape[0], call.query.shape[1],
+        SLOTS=call.selected_blocks.shape[2], **call.scales(), **call.shapes(tile),
+    )  # fmt: skip
+
+
+# ---- the whole backward --------------------------------------------------------------------------------------------
+
+
+def backward_pass(
+    grad_output, query, key, value, output, lse, selected_blocks, layout, block_size, scale, settings, deterministic
+):
+    """(grad_query, grad_key, grad_value) of the engine contract, in passes that keep the temporaries bounded.
+
+    Passes go over KV heads, then over queries. The sums of dK and dV are float32 and live for one pass over heads; the
+    partial dQ, in the query's dtype, for one pass over queries. `deterministic` gives every bucket one program.
+    """
+    call = prepare(grad_output, query, key, value, output, lse, selected_blocks, layout, block_size, scale, settings)
+    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)]
+    kv_heads, head_dim = key.shape[1:]
+    entries_per_token = query.shape[1] // kv_heads * selected_blocks.shape[2]
+    token_bytes = entries_per_token * head_dim * query.element_size()
+    for heads in head_passes(kv_heads, max(query.shape[0] * token_bytes, key.shape[0] * head_dim * 8)):
+        sums = [torch.empty((len(heads), key.shape[0], head_dim), dtype=torch.float32, device=key.device) for _ in "kv"]
+        own_block_keys(call, heads, *sums)
+        for tokens in token_passes(query.shape[0], len(heads) * token_bytes):
+            partials = query.new_empty((len(heads), len(tokens) * entries_per_token, head_dim))
+            if partials.numel() and call.block_start.numel():
+                _past_blocks(call, layout, tokens, heads, partials, *sums, deterministic)
+            own_block_queries(call, tokens, heads, partials, grads[0])
+        for grad, total in zip(grads[1:], sums):
+            grad[:, heads.start : heads.stop].copy_(total.transpose(0, 1))
+    return tuple(grads)
+
+
+def _past_blocks(call: Backward, layout, tokens, kv_heads, partials, grad_key, grad_value, deterministic: bool) -> None:
+    settings, n_blocks = call.settings, call.block_start.shape[0]
+    buckets = sort_by_block(
+        call.selected_blocks, layout, tokens, kv_heads, call.key.shape[1], n_blocks, deterministic
+    )  # fmt: skip
+    rows = buckets.entries.shape[1] if deterministic else settings.rows_per_program
+    tiles = bucket_tiles(buckets, rows)
+    past_block_keys(call, buckets, tiles, tokens, kv_heads, partials, grad_key, grad_value)
+    if not settings.fused:
+        tiles = bucket_tiles(buckets, settings.past_queries.rows)
+        past_block_queries(call, buckets, tiles, tokens, kv_heads, partials)

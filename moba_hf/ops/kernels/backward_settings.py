@@ -1,0 +1,81 @@
+"""Launch settings of the backward kernels: a fixed table, no tuning at run time.
+
+What bounds a tile, on 8 warps with head_dim 128 (`docs/kernels.md` has the compiled figures): dK and dV of 128 keys
+take 128 of a thread's 255 registers, scores and their gradient for 64 rows another 64. Shared memory holds K and V of
+the tile, and Q and dO once per stage: 227 KB on sm_90 and sm_100, 163 KB on sm_80, 99 KB on sm_86 and sm_89.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+_SHARED_KB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
+_LARGEST_FUSED_BLOCK = 128  # beyond it, one tile of keys no longer is a block, and dQ has a kernel of its own
+_ROWS_PER_PROGRAM = 4096  # an attention sink sends every row to one block: the bucket is split over programs
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one kernel is launched: rows × keys per step of its loop, warps per program, loads in flight."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class BackwardSettings:
+    """Tiles of the four kernels.
+
+    fused: past blocks are one tile of keys each, whose owner makes the partial dQ as well; `past_queries` is not run.
+    rows_per_program: entries of one bucket that one program of `past_keys` takes.
+    """
+
+    own_keys: Tile
+    own_queries: Tile
+    past_keys: Tile
+    past_queries: Tile
+    fused: bool
+    rows_per_program: int = _ROWS_PER_PROGRAM
+
+
+def backward_settings(
+    capability: tuple[int, int], dtype: torch.dtype, head_dim: int, block_size: int
+) -> BackwardSettings:
+    """The table: by what a GPU of this compute capability can hold on chip, the width of a row, and the block."""
+    width = max(16, triton.next_power_of_2(head_dim))
+    row_bytes = width * dtype.itemsize
+    shared = _SHARED_KB.get(capability, 99)
+    if dtype == torch.float32:  # plain FMA in float32: small tiles, whatever the GPU
+        size = 32 if width <= 128 else 16
+        tile = Tile(size, size, 4, 1)
+        return _settings(tile, tile, tile, tile, block_size)
+    if shared < 227:
+        return _ampere(row_bytes, shared, block_size)
+    if width <= 64:
+        return _settings(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), block_size)
+    if width <= 128:
+        return _settings(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), block_size)
+    return _settings(Tile(32, 64, 8, 1), Tile(64, 32, 8, 2), Tile(32, 64, 8, 1), Tile(64, 32, 8, 2), block_size)
+
+
+def _ampere(row_bytes: int, shared: int, block_size: int) -> BackwardSettings:
+    """mma.sync holds its operands in registers as well: half the keys of a Hopper tile, at most one stage of loads."""
+    if row_bytes <= 128:
+        keys, queries = Tile(64, 64, 4, 2 if shared > 99 else 1), Tile(64, 64, 4, 2)
+    elif row_bytes <= 256:
+        keys, queries = Tile(32, 64, 8, 2 if shared > 99 else 1), Tile(64, 32, 4, 2)
+    else:
+        keys, queries = Tile(16, 32, 8, 1), Tile(32, 16, 4, 1)
+    return _settings(keys, queries, keys, queries, block_size)
+
+
+def _settings(own_keys, own_queries, past_keys, past_queries, block_size: int) -> BackwardSettings:
+    """Small blocks take no more keys than they have, and are fused where a tile of keys holds one."""
+    whole = max(16, triton.next_power_of_2(block_size))
+    fused = block_size <= _LARGEST_FUSED_BLOCK and whole <= past_keys.keys
+    if fused:
+        past_keys = Tile(past_keys.rows, whole, past_keys.warps, past_keys.stages)
+    return BackwardSettings(own_keys, own_queries, past_keys, past_queries, fused)
