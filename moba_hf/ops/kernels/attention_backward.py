@@ -98,14 +98,14 @@ def own_block_keys_kernel(
     tl.store(dv_ptr + out, dv, mask=key_mask)
 
 
-@triton.jit(do_not_specialize=["entries_head", "first_token", "first_kv_head", "n_blocks", "max_tiles"])
+@triton.jit(do_not_specialize=["entries_head", "first_token", "first_kv_head", "max_tiles"])
 def past_block_keys_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, entries_ptr, offsets_ptr, bucket_ptr, begin_ptr, end_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, entries_ptr, bucket_ptr, begin_ptr, end_ptr,
     block_start_ptr, dq_ptr, dk_ptr, dv_ptr,
     q_token, q_head, k_token, k_head, v_token, v_head, do_token, do_head, sum_token, sum_head,
-    entries_head, partial_head, first_token, first_kv_head, n_blocks, max_tiles, heads, scale, scale_log2,
+    entries_head, partial_head, first_token, first_kv_head, max_tiles, heads, scale, scale_log2,
     GROUP: tl.constexpr, SLOTS: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, WITH_DQ: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, WITH_DQ: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     """dK and dV from the queries that selected a block (step 3); with WITH_DQ also their partial dQ: five matmuls.
 
@@ -113,10 +113,11 @@ def past_block_keys_kernel(
     the block's bucket, for KV head first_kv_head + h. Blocks that fill several key tiles take neighbouring programs,
     so that the gathered rows are still in the L2 cache for the next one.
     q, do: [total_q, heads, HEAD_DIM]; k, v: [total_k, kv_heads, HEAD_DIM]; lse, delta: float32 [total_q, heads];
-    entries: int32 [kv heads of the pass, max_entries]; offsets: int32 [kv heads of the pass, n_blocks + 1];
-    bucket, begin, end: int32 [kv heads of the pass, max_tiles], bucket −1 where unused; block_start: int32 [n_blocks];
-    dq: [kv heads of the pass, entries, HEAD_DIM], written at each entry, once;
-    dk, dv: float32 [kv heads of the pass, total_k, HEAD_DIM], added to: without atomics where the bucket is whole.
+    entries: int32 [kv heads of the pass, max_entries]; bucket, begin, end: int32 [kv heads of the pass, max_tiles],
+    bucket −1 where unused; block_start: int32 [n_blocks];
+    dq: [kv heads of the pass, entries, HEAD_DIM], each entry written once;
+    dk, dv: float32 [kv heads of the pass, total_k, HEAD_DIM], added to once: with atomics, unless buckets are not
+    split and the program is ALONE with its keys.
     """
     key_tiles: tl.constexpr = (BLOCK_SIZE + KEYS - 1) // KEYS
     slice_head = tl.program_id(1).to(tl.int64)
@@ -158,8 +159,7 @@ def past_block_keys_kernel(
             out = entry[:, None].to(tl.int64) * HEAD_DIM + d[None, :]
             tl.store(dq_ptr + out, dq.to(dq_ptr.dtype.element_ty), mask=row_mask)
     out = slice_head * sum_head + key * sum_token + d[None, :]
-    offsets_ptr += slice_head * (n_blocks + 1) + bucket
-    if (begin == tl.load(offsets_ptr)) & (end == tl.load(offsets_ptr + 1)):
+    if ALONE:
         tl.store(dk_ptr + out, tl.load(dk_ptr + out, mask=key_mask, other=0.0) + dk * scale, mask=key_mask)
         tl.store(dv_ptr + out, tl.load(dv_ptr + out, mask=key_mask, other=0.0) + dv, mask=key_mask)
     else:
@@ -359,20 +359,20 @@ def own_block_keys(call: Backward, kv_heads: range, grad_key: torch.Tensor, grad
     )  # fmt: skip
 
 
-def past_block_keys(call: Backward, buckets, tiles, tokens, kv_heads, partials, grad_key, grad_value) -> None:
+def past_block_keys(call: Backward, buckets, tiles, tokens, kv_heads, partials, grad_key, grad_value, alone) -> None:
     """Add the past blocks' part to dK and dV, and leave partial dQ where the settings say so (`fused`).
 
-    buckets, tiles: of the queries `tokens` and the heads `kv_heads`; tiles cut for `settings.rows_per_program` rows.
+    buckets, tiles: of the queries `tokens` and the heads `kv_heads`; one program takes a tile. alone: tiles are whole
+    buckets, so that no two programs add to the same keys.
     partials: [kv heads of the pass, len(tokens) · group · slots, head_dim].
     """
-    tile, fused = call.settings.past_keys, call.settings.fused
-    n_blocks, max_tiles = call.block_start.shape[0], tiles[0].shape[1]
+    tile, max_tiles = call.settings.past_keys, tiles[0].shape[1]
     past_block_keys_kernel[(max_tiles * triton.cdiv(call.block_size, tile.keys), len(kv_heads))](
-        *call.tensors(), buckets.entries, buckets.offsets, *tiles, call.block_start, partials, grad_key, grad_value,
+        *call.tensors(), buckets.entries, *tiles, call.block_start, partials, grad_key, grad_value,
         *call.strides(), grad_key.stride(1), grad_key.stride(0), buckets.entries.stride(0), partials.stride(0),
-        tokens.start, kv_heads.start, n_blocks, max_tiles, call.query.shape[1],
-        SLOTS=call.selected_blocks.shape[2], BLOCK_SIZE=call.block_size, WITH_DQ=fused,
-        **call.scales(), **call.shapes(tile),
+        tokens.start, kv_heads.start, max_tiles, call.query.shape[1],
+        SLOTS=call.selected_blocks.shape[2], BLOCK_SIZE=call.block_size,
+        WITH_DQ=call.settings.fused, ALONE=alone, **call.scales(), **call.shapes(tile),
     )  # fmt: skip
 
 
@@ -434,7 +434,7 @@ def _past_blocks(call: Backward, layout, tokens, kv_heads, partials, grad_key, g
     )  # fmt: skip
     rows = buckets.entries.shape[1] if deterministic else settings.rows_per_program
     tiles = bucket_tiles(buckets, rows)
-    past_block_keys(call, buckets, tiles, tokens, kv_heads, partials, grad_key, grad_value)
+    past_block_keys(call, buckets, tiles, tokens, kv_heads, partials, grad_key, grad_value, deterministic)
     if not settings.fused:
         tiles = bucket_tiles(buckets, settings.past_queries.rows)
         past_block_queries(call, buckets, tiles, tokens, kv_heads, partials)

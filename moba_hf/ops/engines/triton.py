@@ -1,0 +1,83 @@
+"""MoBA in our own fused kernels, for CUDA devices: routing, forward and backward without a host sync.
+
+What the kernels are and how the work is cut: `kernels/`. Temporaries stay within 1 GiB (MOBA_HF_WORKSPACE_MB). With
+torch.use_deterministic_algorithms(True) gradients, too, are bitwise reproducible; outputs always are.
+"""
+
+import importlib.util
+import os
+
+import torch
+
+from ..blocks import BlockLayout
+
+
+def unavailable() -> str | None:
+    """Why the engine cannot run here, with the remedy; None when it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install 'moba_hf[triton]'"
+    if not torch.cuda.is_available() and not _interpreted():
+        return "it needs a CUDA device (or TRITON_INTERPRET=1, Triton's slow interpreter, for tests)"
+    return None
+
+
+def select(query, key, cu_seqlens_q, cu_seqlens_k, block_size: int, slots: int) -> torch.Tensor:
+    """Selected past blocks: int32 [total_q, heads, slots], ascending, then −1. Used in place of the PyTorch routing."""
+    from ..kernels.block_gate import select_blocks
+
+    query, key = _unit_stride(query, key)
+    layout = _layout(query, key, cu_seqlens_q, cu_seqlens_k, block_size)
+    return select_blocks(query, key, layout, block_size, slots, _forward_settings(query, block_size).gate)
+
+
+def forward(query, key, value, selected_blocks, cu_seqlens_q, cu_seqlens_k, block_size, scale):
+    """See the engine contract in `engines/__init__.py`."""
+    from ..kernels.attention_forward import forward_pass
+
+    query, key, value = _unit_stride(query, key, value)
+    layout = _layout(query, key, cu_seqlens_q, cu_seqlens_k, block_size)
+    settings = _forward_settings(query, block_size)
+    return forward_pass(
+        query, key, value, selected_blocks, layout, block_size, scale, settings,
+        torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
+
+
+def backward(
+    grad_output, query, key, value, output, lse, selected_blocks, cu_seqlens_q, cu_seqlens_k, block_size, scale
+):
+    """See the engine contract in `engines/__init__.py`."""
+    from ..kernels.attention_backward import backward_pass
+    from ..kernels.backward_settings import backward_settings
+
+    query, key, value = _unit_stride(query, key, value)
+    layout = _layout(query, key, cu_seqlens_q, cu_seqlens_k, block_size)
+    settings = backward_settings(_capability(query), query.dtype, query.shape[2], block_size)
+    return backward_pass(
+        grad_output, query, key, value, output, lse, selected_blocks, layout, block_size, scale, settings,
+        torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
+
+
+def _layout(query, key, cu_seqlens_q, cu_seqlens_k, block_size) -> BlockLayout:
+    return BlockLayout.build(cu_seqlens_q, cu_seqlens_k, query.shape[0], key.shape[0], block_size)
+
+
+def _forward_settings(query, block_size):
+    from ..kernels.forward_settings import forward_settings
+
+    return forward_settings(_capability(query), query.dtype, query.shape[2], block_size)
+
+
+def _capability(query) -> tuple[int, int]:
+    """Compute capability; the interpreter stands for a small GPU."""
+    return torch.cuda.get_device_capability(query.device) if query.is_cuda else (8, 6)
+
+
+def _unit_stride(*states):
+    """Kernels read rows of head_dim neighbours; any other strides are passed on."""
+    return tuple(x if x.stride(2) == 1 else x.contiguous() for x in states)
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"

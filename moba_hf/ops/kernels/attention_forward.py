@@ -1,0 +1,272 @@
+"""Attention over the selected blocks: steps 3 to 5 of the paper's Algorithm 1.
+
+Past blocks leave one partial output and log-sum-exp per entry (row, slot), addressed by the entry: the result does not
+depend on the order in which a bucket was filled, so the forward is bitwise reproducible in every mode. The last kernel
+computes each row's own block and merges the partials into it in slot order. Rows and entries are those of
+`bucket_sort`; log-sum-exps of partials are in base 2.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .bucket_sort import bucket_tiles, sort_by_block
+from .workspace import head_passes, token_passes
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit(do_not_specialize=["entries_head", "first_token", "first_kv_head", "max_tiles"])
+def past_block_kernel(
+    q_ptr, k_ptr, v_ptr, entries_ptr, bucket_ptr, begin_ptr, end_ptr, block_start_ptr, partial_ptr, partial_lse_ptr,
+    q_token, q_head, k_token, k_head, v_token, v_head, entries_head, partial_head, first_token, first_kv_head,
+    max_tiles, scale_log2,
+    GROUP: tl.constexpr, SLOTS: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A block that fits one tile of keys: K and V stay on chip while the rows that chose it pass by (step 3).
+
+    Program (i, h) owns the entries begin … end − 1 of one bucket of KV head first_kv_head + h.
+    q: [total_q, heads, HEAD_DIM]; k, v: [total_k, kv_heads, HEAD_DIM]; entries: int32 [kv heads of the pass,
+    max_entries]; bucket, begin, end: int32 [kv heads of the pass, max_tiles], bucket −1 where unused; block_start:
+    int32 [n_blocks]; partial: [kv heads of the pass, entries, HEAD_DIM] and partial_lse: float32 [kv heads of the pass,
+    entries], written at each entry, once.
+    """
+    slice_head = tl.program_id(1).to(tl.int64)
+    tile = slice_head * max_tiles + tl.program_id(0)
+    bucket = tl.load(bucket_ptr + tile)
+    if bucket < 0:
+        return
+    begin, end = tl.load(begin_ptr + tile), tl.load(end_ptr + tile)
+    kv_head = first_kv_head + tl.program_id(1)
+    d = tl.arange(0, WIDTH)
+    within = tl.arange(0, KEYS)
+    key = (tl.load(block_start_ptr + bucket) + within)[:, None].to(tl.int64)
+    key_mask = (within < BLOCK_SIZE)[:, None] & (d < HEAD_DIM)[None, :]
+    k = tl.load(k_ptr + key * k_token + kv_head * k_head + d[None, :], mask=key_mask, other=0.0)
+    v = tl.load(v_ptr + key * v_token + kv_head * v_head + d[None, :], mask=key_mask, other=0.0)
+    entries_ptr += slice_head * entries_head
+    partial_ptr += slice_head * partial_head * HEAD_DIM
+    partial_lse_ptr += slice_head * partial_head
+    for first in tl.range(begin, end, ROWS, num_stages=STAGES):
+        taken = first + tl.arange(0, ROWS) < end
+        entry = tl.load(entries_ptr + first + tl.arange(0, ROWS), mask=taken, other=0)
+        row = entry // SLOTS
+        token, head = (first_token + row // GROUP).to(tl.int64), kv_head * GROUP + row % GROUP
+        row_mask = taken[:, None] & (d < HEAD_DIM)[None, :]
+        q = tl.load(q_ptr + (token * q_token + head * q_head)[:, None] + d[None, :], mask=row_mask, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        if BLOCK_SIZE < KEYS:
+            scores = tl.where((within < BLOCK_SIZE)[None, :], scores, float("-inf"))
+        high = tl.max(scores, 1)
+        p = tl.math.exp2(scores - high[:, None])
+        total = tl.sum(p, 1)
+        output = tl.dot(p.to(v.dtype), v, input_precision="ieee") / total[:, None]
+        entry64 = entry.to(tl.int64)
+        tl.store(
+            partial_ptr + entry64[:, None] * HEAD_DIM + d[None, :], output.to(partial_ptr.dtype.element_ty), mask=row_mask
+        )
+        tl.store(partial_lse_ptr + entry64, high + tl.math.log2(total), mask=taken)
+
+
+@triton.jit(do_not_specialize=["entries_head", "first_token", "first_kv_head", "max_tiles"])
+def large_past_block_kernel(
+    q_ptr, k_ptr, v_ptr, entries_ptr, bucket_ptr, begin_ptr, end_ptr, block_start_ptr, partial_ptr, partial_lse_ptr,
+    q_token, q_head, k_token, k_head, v_token, v_head, entries_head, partial_head, first_token, first_kv_head,
+    max_tiles, scale_log2,
+    GROUP: tl.constexpr, SLOTS: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A larger block: ROWS rows stay on chip while its keys pass by (step 3).
+
+    Program (i, h) owns the entries begin … end − 1, at most ROWS of one bucket; pointers as in `past_block_kernel`.
+    """
+    slice_head = tl.program_id(1).to(tl.int64)
+    tile = slice_head * max_tiles + tl.program_id(0)
+    bucket = tl.load(bucket_ptr + tile)
+    if bucket < 0:
+        return
+    kv_head = first_kv_head + tl.program_id(1)
+    d = tl.arange(0, WIDTH)
+    position = tl.load(begin_ptr + tile) + tl.arange(0, ROWS)
+    taken = position < tl.load(end_ptr + tile)
+    entry = tl.load(entries_ptr + slice_head * entries_head + position, mask=taken, other=0)
+    row = entry // SLOTS
+    token, head = (first_token + row // GROUP).to(tl.int64), kv_head * GROUP + row % GROUP
+    row_mask = taken[:, None] & (d < HEAD_DIM)[None, :]
+    q = tl.load(q_ptr + (token * q_token + head * q_head)[:, None] + d[None, :], mask=row_mask, other=0.0)
+    block_start = tl.load(block_start_ptr + bucket).to(tl.int64)
+    k_ptr += block_start * k_token + kv_head * k_head
+    v_ptr += block_start * v_token + kv_head * v_head
+    high = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    output = tl.zeros([ROWS, WIDTH], tl.float32)
+    for first in tl.range(0, BLOCK_SIZE, KEYS, num_stages=STAGES):
+        key = first + tl.arange(0, KEYS)
+        key_mask = (key < BLOCK_SIZE)[:, None] & (d < HEAD_DIM)[None, :]
+        k = tl.load(k_ptr + key[:, None] * k_token + d[None, :], mask=key_mask, other=0.0)
+        v = tl.load(v_ptr + key[:, None] * v_token + d[None, :], mask=key_mask, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        if BLOCK_SIZE % KEYS != 0:
+            scores = tl.where((key < BLOCK_SIZE)[None, :], scores, float("-inf"))
+        higher = tl.maximum(high, tl.max(scores, 1))
+        p = tl.math.exp2(scores - higher[:, None])
+        shrink = tl.math.exp2(high - higher)
+        total = total * shrink + tl.sum(p, 1)
+        output = tl.dot(p.to(v.dtype), v, output * shrink[:, None], input_precision="ieee")
+        high = higher
+    output = output / total[:, None]
+    entry64 = slice_head * partial_head + entry.to(tl.int64)
+    tl.store(
+        partial_ptr + entry64[:, None] * HEAD_DIM + d[None, :], output.to(partial_ptr.dtype.element_ty), mask=row_mask
+    )
+    tl.store(partial_lse_ptr + entry64, high + tl.math.log2(total), mask=taken)
+
+
+@triton.jit(do_not_specialize=["first_token", "end_token", "first_kv_head", "total_k"])
+def own_block_merge_kernel(
+    q_ptr, k_ptr, v_ptr, own_start_ptr, key_row_ptr, selected_ptr, partial_ptr, partial_lse_ptr, output_ptr, lse_ptr,
+    q_token, q_head, k_token, k_head, v_token, v_head, partial_head, first_token, end_token, first_kv_head, total_k,
+    heads, scale_log2,
+    GROUP: tl.constexpr, SLOTS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The own block, causal (step 3), and the partials of the selected blocks merged into it (steps 4 and 5).
+
+    Program (i, h) owns ROWS rows of KV head first_kv_head + h. q, output: [total_q, heads, HEAD_DIM], output
+    contiguous; k, v: [total_k, kv_heads, HEAD_DIM]; own_start, key_row: int32 [total_q], first and last key row of the
+    own block's part, total_k and −1 for rows of no sequence; selected: int32 [total_q, heads, SLOTS], −1 where there is
+    no block, whose partial was never written; partial, partial_lse: as in `past_block_kernel`; lse: float32 [total_q,
+    heads], natural logarithm. Every row of the range is written once.
+    """
+    slice_head = tl.program_id(1).to(tl.int64)
+    kv_head = first_kv_head + tl.program_id(1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    taken = row < (end_token - first_token) * GROUP
+    token, head = (first_token + row // GROUP).to(tl.int64), kv_head * GROUP + row % GROUP
+    d = tl.arange(0, WIDTH)
+    row_mask = taken[:, None] & (d < HEAD_DIM)[None, :]
+    q = tl.load(q_ptr + (token * q_token + head * q_head)[:, None] + d[None, :], mask=row_mask, other=0.0)
+    own_start = tl.load(own_start_ptr + token, mask=taken, other=total_k)
+    key_row = tl.load(key_row_ptr + token, mask=taken, other=-1)
+    k_ptr += kv_head * k_head
+    v_ptr += kv_head * v_head
+    high = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    output = tl.zeros([ROWS, WIDTH], tl.float32)
+    for first in tl.range(tl.min(own_start, 0), tl.max(key_row, 0) + 1, KEYS, num_stages=STAGES):
+        key = first + tl.arange(0, KEYS)
+        key_mask = (key < total_k)[:, None] & (d < HEAD_DIM)[None, :]
+        key64 = key[:, None].to(tl.int64)
+        k = tl.load(k_ptr + key64 * k_token + d[None, :], mask=key_mask, other=0.0)
+        v = tl.load(v_ptr + key64 * v_token + d[None, :], mask=key_mask, other=0.0)
+        visible = (own_start[:, None] <= key[None, :]) & (key[None, :] <= key_row[:, None])
+        scores = tl.where(visible, tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2, float("-inf"))
+        higher = tl.maximum(high, tl.max(scores, 1))
+        finite = tl.where(higher == float("-inf"), 0.0, higher)
+        p = tl.math.exp2(scores - finite[:, None])
+        shrink = tl.math.exp2(high - finite)
+        total = total * shrink + tl.sum(p, 1)
+        output = tl.dot(p.to(v.dtype), v, output * shrink[:, None], input_precision="ieee")
+        high = higher
+    entry = slice_head * partial_head + row.to(tl.int64) * SLOTS
+    for slot in tl.range(0, SLOTS, num_stages=2):  # unrolled, the loads of all slots would spill
+        block = tl.load(selected_ptr + (token * heads + head) * SLOTS + slot, mask=taken, other=-1)
+        some = block >= 0
+        partial_lse = tl.load(partial_lse_ptr + entry + slot, mask=some, other=float("-inf"))
+        partial_mask = some[:, None] & (d < HEAD_DIM)[None, :]
+        partial = tl.load(partial_ptr + (entry + slot)[:, None] * HEAD_DIM + d[None, :], mask=partial_mask, other=0.0)
+        higher = tl.maximum(high, partial_lse)
+        finite = tl.where(higher == float("-inf"), 0.0, higher)
+        shrink, weight = tl.math.exp2(high - finite), tl.math.exp2(partial_lse - finite)
+        total = total * shrink + weight
+        output = output * shrink[:, None] + partial.to(tl.float32) * weight[:, None]
+        high = higher
+    empty = total == 0.0
+    output = output / tl.where(empty, 1.0, total)[:, None]
+    lse = tl.where(empty, float("-inf"), high + tl.math.log2(tl.where(empty, 1.0, total)))
+    out = token * heads + head
+    tl.store(output_ptr + out[:, None] * HEAD_DIM + d[None, :], output.to(output_ptr.dtype.element_ty), mask=row_mask)
+    tl.store(lse_ptr + out, lse * LN_2, mask=taken)
+
+
+# ---- launchers -----------------------------------------------------------------------------------------------------
+
+
+def forward_pass(query, key, value, selected_blocks, layout, block_size, scale, settings, deterministic):
+    """(output, lse) of the engine contract, in passes over KV heads and queries that keep the partials bounded."""
+    total_q, heads, head_dim = query.shape
+    kv_heads = key.shape[1]
+    selected_blocks = selected_blocks.contiguous()
+    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    lse = torch.empty((total_q, heads), dtype=torch.float32, device=query.device)
+    entries_per_token = heads // kv_heads * selected_blocks.shape[2]
+    token_bytes = entries_per_token * (head_dim * query.element_size() + 4)
+    states = (query, key, value, selected_blocks, layout, block_size, scale, settings)
+    for heads_of_pass in head_passes(kv_heads, total_q * token_bytes):
+        for tokens in token_passes(total_q, len(heads_of_pass) * token_bytes):
+            entries = len(tokens) * entries_per_token
+            partial = query.new_empty((len(heads_of_pass), entries, head_dim))
+            partial_lse = lse.new_empty((len(heads_of_pass), entries))
+            if entries and len(layout.block_start):
+                _past_blocks(*states, tokens, heads_of_pass, partial, partial_lse, deterministic)
+            _own_block_merge(*states, tokens, heads_of_pass, partial, partial_lse, output, lse)
+    return output, lse
+
+
+def _past_blocks(
+    query, key, value, selected_blocks, layout, block_size, scale, settings, tokens, kv_heads, partial, partial_lse,
+    deterministic,
+):  # fmt: skip
+    buckets = sort_by_block(
+        selected_blocks, layout, tokens, kv_heads, key.shape[1], len(layout.block_start), deterministic
+    )
+    tile = settings.past
+    tiles = bucket_tiles(buckets, settings.rows_per_program)
+    kernel = past_block_kernel if settings.stationary else large_past_block_kernel
+    kernel[(tiles[0].shape[1], len(kv_heads))](
+        query, key, value, buckets.entries, *tiles, layout.block_start, partial, partial_lse,
+        *_strides(query, key, value), buckets.entries.stride(0), partial.shape[1], tokens.start, kv_heads.start,
+        tiles[0].shape[1], scale * LOG2_E.value,
+        SLOTS=selected_blocks.shape[2], BLOCK_SIZE=block_size, **_sizes(query, key, tile),
+    )  # fmt: skip
+
+
+def _own_block_merge(
+    query, key, value, selected_blocks, layout, block_size, scale, settings, tokens, kv_heads, partial, partial_lse,
+    output, lse,
+):  # fmt: skip
+    own_start, key_row = own_block_bounds(layout, block_size, key.shape[0])
+    tile = settings.own
+    rows = len(tokens) * (query.shape[1] // key.shape[1])
+    own_block_merge_kernel[(triton.cdiv(rows, tile.rows), len(kv_heads))](
+        query, key, value, own_start, key_row, selected_blocks, partial, partial_lse, output, lse,
+        *_strides(query, key, value), partial.shape[1], tokens.start, tokens.stop, kv_heads.start, key.shape[0],
+        query.shape[1], scale * LOG2_E.value, SLOTS=selected_blocks.shape[2], **_sizes(query, key, tile),
+    )  # fmt: skip
+
+
+def own_block_bounds(layout, block_size: int, total_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """First and last key row of each query's own block: int32 [total_q]; total_k and −1 for rows of no sequence."""
+    position = layout.query_position
+    key_row = layout.key_start + position
+    inside = position >= 0
+    return torch.where(inside, key_row - position % block_size, total_k), torch.where(inside, key_row, -1)
+
+
+def _strides(*states) -> tuple[int, ...]:
+    return tuple(stride for x in states for stride in x.stride()[:2])
+
+
+def _sizes(query, key, tile) -> dict[str, int]:
+    head_dim = query.shape[2]
+    return {
+        "GROUP": query.shape[1] // key.shape[1],
+        "HEAD_DIM": head_dim,
+        "WIDTH": max(16, triton.next_power_of_2(head_dim)),
+        "ROWS": tile.rows,
+        "KEYS": tile.keys,
+        "STAGES": tile.stages,
+        "num_warps": tile.warps,
+    }
