@@ -87,8 +87,7 @@ def _add_past_forward(work, piece, query, key, value, output, lse) -> None:
     merged = weights[:, :1] * own
     for slot in range(part_lse.shape[1]):
         # An entry without a block has weight 0, but its partial output is undefined: 0 · NaN would spoil the row.
-        taken = past.take(part, slot)
-        merged.addcmul_(taken.to(merged.dtype), weights[:, slot + 1, None])
+        merged.addcmul_(past.take(part, slot), weights[:, slot + 1, None])
     output[piece.tokens, piece.heads] = merged.to(output.dtype).unflatten(0, (-1, work.group))
     lse[piece.tokens, piece.heads] = total.unflatten(0, (-1, work.group))
 
