@@ -6,6 +6,8 @@ edges of a block (empty, 1, B − 1, B, B + 1, a long one with a tail), all of t
 queries begin inside a block; top_k 1 (no past stream), 2, and more than there are blocks; odd block sizes.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tolerance import assert_close_as_eager, check_engine, eager_attention, run
@@ -189,6 +191,15 @@ def test_compiles_to_one_graph(dynamic):
 )
 def test_automatic_choice(device, flash, triton, block_size, engine):
     assert engines.automatic(device, flash, triton, block_size) == engine
+
+
+@pytest.mark.parametrize(
+    ("device", "reason", "kernel"), [("cuda", None, True), ("cuda", "no", False), ("cpu", None, False)]
+)
+def test_routing_by_triton_where_it_runs(monkeypatch, device, reason, kernel):
+    triton = SimpleNamespace(unavailable=lambda: reason, select=object())
+    monkeypatch.setattr(engines, "load", lambda name: triton if name == "triton" else flash_varlen)
+    assert engines.routing_kernel("flash", device) is (triton.select if kernel else None)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU says")

@@ -155,8 +155,8 @@ def select_op(
     slots: int,
     engine: str,
 ) -> torch.Tensor:
-    """Selected past blocks, int32 [total_q, heads, slots]; by the engine's own routing kernel where it has one."""
-    select = getattr(engines.load(engine), "select", routing.select)
+    """Selected past blocks, int32 [total_q, heads, slots]; by the engine's routing kernel where it has one."""
+    select = engines.routing_kernel(engine, query.device.type) or routing.select
     return select(query, key, cu_seqlens_q, cu_seqlens_k, block_size, slots)
 
 

@@ -79,6 +79,16 @@ def choose(engine: str, device: str, dtype: torch.dtype, block_size: int, head_d
     return engine
 
 
+def routing_kernel(engine: str, device: str):
+    """The routing function that goes with an engine, or None for the one in PyTorch.
+
+    An engine may have a `select` of its own. The flash engine has none and takes Triton's, where that runs.
+    """
+    if engine == "flash" and device == "cuda" and _unavailable("triton") is None:
+        engine = "triton"
+    return getattr(load(engine), "select", None)
+
+
 def automatic(device: str, flash: str | None, triton: bool, block_size: int) -> str:
     """What engine="auto" takes. A model of the cost, not a measurement.
 
