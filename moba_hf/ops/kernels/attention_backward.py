@@ -137,7 +137,8 @@ def past_block_keys_kernel(
     dv = tl.zeros([KEYS, WIDTH], tl.float32)
     entries_ptr += slice_head * entries_head
     dq_ptr += slice_head * partial_head
-    for first in tl.range(begin, end, ROWS, num_stages=STAGES):
+    # loop invariants recomputed rather than kept: dK, dV and the scores leave no registers for them (16 spilled, else)
+    for first in tl.range(begin, end, ROWS, num_stages=STAGES, disable_licm=True):
         taken = first + tl.arange(0, ROWS) < end
         entry = tl.load(entries_ptr + first + tl.arange(0, ROWS), mask=taken, other=0)
         row = entry // SLOTS

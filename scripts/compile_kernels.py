@@ -1,0 +1,250 @@
+"""Compile every Triton kernel ahead of time, on a machine without a GPU, and hold the results against their gates.
+
+    python scripts/compile_kernels.py                   # everything; renews the tables in docs/kernels.md
+    python scripts/compile_kernels.py --quick           # two settings for sm_90 and sm_100, no tables written
+    python scripts/compile_kernels.py --arch 90 --only past_block --head-dim 128
+
+The engine itself runs, on tensors without data, and its launches are recorded instead of made: what is compiled is what
+would have been launched, with the same sizes, strides and settings. A host sync would fail here, there is no data to
+wait for. Gates: shared memory within the GPU's limit; at most 512 columns of tensor memory and a kernel that stores
+something (Triton compiles a kernel that needs more columns to an empty one without an error); matrix instructions
+wherever the source multiplies 16-bit matrices; no register spilled on sm_90 up to head_dim 128.
+"""
+
+import argparse
+import importlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from unittest import mock
+
+os.environ.pop("TRITON_INTERPRET", None)  # the interpreter has nothing to compile
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from moba_hf.ops import engines
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "kernels.md"
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may have
+MATRIX = {80: "HMMA", 86: "HMMA", 90: "HGMMA|HMMA", 100: r"UTC\w*MMA|HMMA"}  # the name in SASS
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One setting of the engine: 8 heads over 2 kv heads, top-8."""
+
+    arch: int
+    head_dim: int
+    block_size: int
+    dtype: torch.dtype
+
+    def __str__(self):
+        return f"{TYPES[self.dtype]} d{self.head_dim} B{self.block_size}"
+
+
+@dataclass
+class Launch:
+    """A kernel as the engine launched it: what Triton's specialisation would have made of the arguments."""
+
+    case: Case
+    module: str
+    name: str
+    signature: dict = field(default_factory=dict)
+    constants: dict = field(default_factory=dict)
+    attributes: dict = field(default_factory=dict)
+    options: dict = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        parts = (self.signature, self.constants, self.attributes, self.options)
+        return f"{self.name} {self.case.arch} {parts}"
+
+    @property
+    def kernel(self) -> JITFunction:
+        return getattr(importlib.import_module(self.module), self.name)
+
+    def constant(self, name: str):
+        """A compile-time argument; None where the kernel has no such."""
+        names = self.kernel.arg_names
+        return self.constants.get((names.index(name),)) if name in names else None
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a launch; `problems` are the gates it missed."""
+
+    registers: int = 0
+    spilled: int = 0
+    shared: int = 0
+    tensor_columns: int = 0
+    matrix: str = ""
+    problems: tuple[str, ...] = ()
+
+
+# ---- recording -----------------------------------------------------------------------------------------------------
+
+
+def record(case: Case) -> list[Launch]:
+    """The launches of routing, forward and backward for `case`."""
+    launches: list[Launch] = []
+
+    def run(kernel, *args, grid, warmup, **kwargs):
+        launches.append(describe(case, kernel, args, kwargs))
+
+    tokens = 4 * case.block_size + 4096
+    states = [torch.empty(tokens, heads, case.head_dim, dtype=case.dtype, device="meta") for heads in (8, 2, 2)]
+    lengths = torch.empty(2, dtype=torch.int32, device="meta")
+    engine, capability = engines.load("triton"), divmod(case.arch, 10)
+    with mock.patch.object(JITFunction, "run", run), mock.patch.object(engine, "_capability", lambda _: capability):
+        selected = engine.select(*states[:2], lengths, lengths, case.block_size, 7)
+        where = (lengths, lengths, case.block_size, case.head_dim**-0.5)
+        output, lse = engine.forward(*states, selected, *where)
+        engine.backward(torch.empty_like(output), *states, output, lse, selected, *where)
+    return launches
+
+
+def describe(case: Case, kernel: JITFunction, args: tuple, kwargs: dict) -> Launch:
+    """Types, constants and divisibility by 16, by Triton's own rules; pointers are aligned as PyTorch aligns them."""
+    values = dict(zip(kernel.arg_names, args)) | {k: v for k, v in kwargs.items() if k in kernel.arg_names}
+    launch = Launch(case, kernel.__module__, kernel.__name__)
+    launch.options = {k: v for k, v in kwargs.items() if k not in kernel.arg_names}
+    for i, parameter in enumerate(kernel.params):
+        name, value = parameter.name, values[parameter.name]
+        if parameter.is_constexpr or value is None:
+            launch.signature[name], launch.constants[(i,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            launch.signature[name], launch.attributes[(i,)] = "*" + TYPES[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            launch.signature[name] = "fp32"
+        elif value == 1 and not parameter.do_not_specialize:
+            launch.signature[name], launch.constants[(i,)] = "constexpr", 1
+        else:
+            launch.signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                launch.attributes[(i,)] = [["tt.divisibility", 16]]
+    return launch
+
+
+# ---- compiling -----------------------------------------------------------------------------------------------------
+
+
+def compile_launch(launch: Launch) -> Compiled:
+    """Compile for the case's GPU and read registers, memory and instructions out of the machine code."""
+    source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
+    try:
+        result = triton.compile(source, target=GPUTarget("cuda", launch.case.arch, 32), options=launch.options)
+    except Exception as error:  # whatever the compiler raises is the finding
+        return Compiled(problems=(f"does not compile: {str(error).strip().splitlines()[0][:120]}",))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(result.asm["cubin"])
+        file.flush()
+        usage, code = (_cuobjdump(option, file.name) for option in ("--dump-resource-usage", "--dump-sass"))
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    found = re.findall(rf"\b({MATRIX[launch.case.arch]})\b", code)
+    columns = getattr(result.metadata, "tmem_size", None) or 0
+    compiled = Compiled(registers, stack // 4, result.metadata.shared, columns, found[0] if found else "")
+    problems = tuple(find_problems(launch, compiled, code, "tt.dot" in result.asm["ttir"]))
+    return Compiled(registers, stack // 4, result.metadata.shared, columns, compiled.matrix, problems)
+
+
+def _cuobjdump(option: str, path: str) -> str:
+    return subprocess.run([CUOBJDUMP, option, path], capture_output=True, text=True, check=True).stdout
+
+
+def find_problems(launch: Launch, compiled: Compiled, code: str, multiplies: bool):
+    """The gates that a compiled kernel misses, in words."""
+    case, limit = launch.case, SHARED_LIMIT[launch.case.arch]
+    if compiled.shared > limit:
+        yield f"shared memory {compiled.shared} of {limit} bytes"
+    if compiled.tensor_columns > 512:
+        yield f"tensor memory {compiled.tensor_columns} of 512 columns"
+    if not re.search(r"\b(STG|RED|REDG|ATOMG|UTMASTG)\b", code):
+        yield "stores nothing"
+    if multiplies and case.dtype != torch.float32 and not compiled.matrix:
+        yield "no matrix instruction"
+    if compiled.spilled and case.arch == 90 and case.head_dim <= 128:
+        yield f"{compiled.spilled} registers spilled"
+
+
+# ---- report --------------------------------------------------------------------------------------------------------
+
+
+def table(arch: int, results: list[tuple[Launch, Compiled]]) -> str:
+    """Markdown: one line for each kernel as compiled."""
+    lines = [
+        f"### sm_{arch}",
+        "",
+        "| kernel | setting | rows × keys | warps | stages | registers | spilled | shared, KB | matrix | gates |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for launch, c in results:
+        tile = " × ".join(str(launch.constant(name) or "–") for name in ("ROWS", "KEYS"))
+        stages = launch.constant("STAGES") or launch.options.get("num_stages", "–")
+        cells = (
+            launch.name, launch.case, tile, launch.options.get("num_warps", 4), stages,
+            c.registers, c.spilled, f"{c.shared / 1024:.0f}", c.matrix or "–", "; ".join(c.problems) or "met",
+        )  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def write_tables(tables: dict[int, str]) -> None:
+    """Replace what lies between the markers of docs/kernels.md."""
+    begin, end = "<!-- compiled kernels: begin -->", "<!-- compiled kernels: end -->"
+    text = DOCUMENT.read_text() if DOCUMENT.exists() else f"# Kernels\n\n## Compiled ahead of time\n\n{begin}\n{end}\n"
+    head, rest = text.split(begin)
+    tail = rest.split(end)[1]
+    note = f"Triton {triton.__version__}, `make compile-kernels`. Equal kernels are listed once.\n"
+    DOCUMENT.write_text(f"{head}{begin}\n{note}\n" + "\n".join(tables.values()) + f"{end}{tail}")
+
+
+def cases(arguments) -> list[Case]:
+    """bfloat16 over the whole grid; the other dtypes where they differ, at one width."""
+    if arguments.quick:
+        return [Case(arch, 128, block, torch.bfloat16) for arch, block in ((90, 128), (90, 512), (100, 128))]
+    grid = list(product(arguments.arch, arguments.head_dim, (64, 128, 512, 4096), (torch.bfloat16,)))
+    grid += product(arguments.arch, (128,), (128, 512), (torch.float16, torch.float32))
+    return [Case(*where) for where in grid]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a subset of about a minute")
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 86, 90, 100], choices=sorted(SHARED_LIMIT))
+    parser.add_argument("--head-dim", type=int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--only", default="", help="part of the kernels' names")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+
+    launches: dict[str, Launch] = {}
+    for launch in (launch for case in cases(arguments) for launch in record(case)):
+        launches.setdefault(launch.key, launch)
+    chosen = [launch for launch in launches.values() if arguments.only in launch.name]
+    with ProcessPoolExecutor(arguments.jobs) as pool:
+        results = list(zip(chosen, pool.map(compile_launch, chosen)))
+    tables = {}
+    for arch in sorted({launch.case.arch for launch in chosen}):
+        tables[arch] = table(arch, [pair for pair in results if pair[0].case.arch == arch])
+        print(tables[arch])
+    complete = not arguments.quick and not arguments.only and len(arguments.arch) == len(SHARED_LIMIT)
+    if complete and len(arguments.head_dim) >= 3:
+        write_tables(tables)
+    missed = sum(bool(compiled.problems) for _, compiled in results)
+    print(f"{len(results)} kernels compiled with Triton {triton.__version__}, {missed} miss a gate")
+    return 1 if missed or not results else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
