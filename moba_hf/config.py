@@ -55,7 +55,7 @@ class MobaConfig:
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> "MobaConfig":
-        """The inverse of `to_dict`. Missing fields take their defaults; `moba_chunk_size` and `moba_topk` are accepted."""
+        """The inverse of `to_dict`; missing fields take their defaults. Accepts `moba_chunk_size` and `moba_topk`."""
         return cls(**known_fields(settings))
 
     def full_layers(self, num_layers: int) -> frozenset[int]:
@@ -63,8 +63,8 @@ class MobaConfig:
         wrong = [i for i in self.full_attention_layers if not -num_layers <= i < num_layers]
         if wrong:
             raise ValueError(
-                f"full_attention_layers must lie in {-num_layers} … {num_layers - 1} (the model has {num_layers} layers), "
-                f"but had {wrong}"
+                f"full_attention_layers must lie in {-num_layers} … {num_layers - 1} (the model has {num_layers} "
+                f"layers), but had {wrong}"
             )
         return frozenset(i % num_layers for i in self.full_attention_layers)
 

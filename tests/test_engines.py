@@ -1,7 +1,7 @@
 """Every engine against the float64 reference: outputs and the three gradients.
 
 The grid: dtypes that round differently; group sizes 1, 3 and all-heads-one-kv; sequence lengths around the edges of a
-block (empty, 1, B − 1, B, B + 1, a long one with a tail), as prefill and as queries at the end of longer keys that start
+block (empty, 1, B − 1, B, B + 1, a long one with a tail), as prefill and as queries at the end of longer keys, starting
 inside a block; top_k 1 (no past block), 2 and more than there are; block sizes that divide nothing, a power of two
 above the size at which own blocks are cut, and one larger than every sequence.
 """
@@ -136,7 +136,9 @@ def test_full_attention_over_packed_sequences(dtype):
     where = dict(cu_seqlens_q=cu(lengths_q), cu_seqlens_k=cu(lengths_k))
     grad = torch.randn(tensors[0].shape).to(dtype)
     actual = run(lambda *x: dense_attention(*x, **where), tensors, grad)
-    expected = run(lambda *x: moba_hf.moba_attention(*x, block_size=64, top_k=1, engine="reference", **where), tensors, grad)
+    expected = run(
+        lambda *x: moba_hf.moba_attention(*x, block_size=64, top_k=1, engine="reference", **where), tensors, grad
+    )
     for one, two in zip(actual, expected):
         assert (one.double() - two.double()).norm() <= 3 * torch.finfo(dtype).eps * two.double().norm() + 1e-9
 

@@ -1,4 +1,4 @@
-"""Parity of every supported family with a plain MoBA model: logits and gradients; layers that stay full; sliding windows."""
+"""Every supported family against a plain MoBA model: logits and gradients; full layers; sliding windows."""
 
 import pytest
 import torch

@@ -10,11 +10,17 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "moba_hf"
 
-# Who may import whom inside the package, by the first path parts; longest match wins. `ops` alone means its public names.
+# Who may import whom inside the package, by the first path parts; the longest match wins.
 ALLOWED = {
     "config": set(),
     "ops": {"ops"},
-    "ops.engines": {"ops.blocks", "ops.kernels", "ops.engines.softmax_merge", "ops.engines.tiles", "ops.engines.flash_providers"},
+    "ops.engines": {
+        "ops.blocks",
+        "ops.kernels",
+        "ops.engines.softmax_merge",
+        "ops.engines.tiles",
+        "ops.engines.flash_providers",
+    },
     "ops.kernels": {"ops.blocks", "ops.kernels"},
     "integration": {"ops", "config", "integration"},
     "evaluation": {"ops", "config", "evaluation"},
@@ -54,7 +60,9 @@ def imports(path: Path):
         else:
             continue
         for name in full:
-            (inside if name.startswith("moba_hf") else outside).add(name.removeprefix("moba_hf.").removeprefix("moba_hf"))
+            (inside if name.startswith("moba_hf") else outside).add(
+                name.removeprefix("moba_hf.").removeprefix("moba_hf")
+            )
     return inside, {name.split(".")[0] for name in outside}
 
 
@@ -107,7 +115,7 @@ def test_public_names_are_documented():
 
 
 def test_import_needs_no_optional_package_and_is_quick():
-    """In a fresh process without triton, flash_attn, deepspeed: < 0.2 s beyond the parts of Transformers a model needs."""
+    """Fresh process, no triton, flash_attn, deepspeed: < 0.2 s beyond what a model needs of Transformers."""
     code = """
 import sys, time
 for name in ("triton", "flash_attn", "deepspeed", "kernels", "accelerate", "datasets"):

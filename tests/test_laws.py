@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 import moba_hf
 
 ENGINES = st.sampled_from(["reference", "blockwise"])
-SIZES = dict(engine=ENGINES, length=st.integers(1, 70), block_size=st.integers(1, 20), top_k=st.integers(1, 6), seed=st.integers(0, 99))
+SIZES = dict(
+    engine=ENGINES,
+    length=st.integers(1, 70),
+    block_size=st.integers(1, 20),
+    top_k=st.integers(1, 6),
+    seed=st.integers(0, 99),
+)
 examples = settings(max_examples=25, deadline=None, derandomize=True)
 
 

@@ -85,9 +85,7 @@ def test_packing_against_dense_mask(pair):
 def test_packed_rows_of_a_batch(pair):
     model = pair[0]
     ids = tokens(2, 30)
-    positions = torch.stack(
-        [torch.cat([torch.arange(n) for n in lengths]) for lengths in ([13, 17], [22, 8])]
-    )
+    positions = torch.stack([torch.cat([torch.arange(n) for n in lengths]) for lengths in ([13, 17], [22, 8])])
     expected = torch.cat(
         [
             torch.cat([logits(model, part) for part in row[None].split(lengths, 1)], 1)
@@ -112,9 +110,7 @@ def test_chunked_prefill_equals_one_shot(pair, padded, static, pieces):
     for piece in pieces:
         part = slice(start, start + piece)
         given = {"attention_mask": mask[:, : start + piece]} if padded else {}
-        got.append(
-            logits(model, ids[:, part], position_ids=positions[:, part], past_key_values=cache, **given)
-        )
+        got.append(logits(model, ids[:, part], position_ids=positions[:, part], past_key_values=cache, **given))
         start += piece
     real = mask.bool()
     if pieces[-1] == 1:  # a last chunk of one token is decoding: full attention, as documented

@@ -71,7 +71,7 @@ def _attend(query, key, value, sequences, settings: MobaConfig, scaling, dense: 
 
 
 def _is_dense(module, settings: MobaConfig, q_len: int, kv_len: int) -> bool:
-    """Whether this layer attends everything: by its number, when decoding, or where the blocks cover all keys anyway."""
+    """Whether this layer attends everything: by its number, when decoding, or where the blocks cover all keys."""
     if settings.full_attention_layers:
         if module.layer_idx in settings.full_layers(module.config.num_hidden_layers):
             return True
@@ -146,8 +146,8 @@ def _refuse(module, query, key, value, attention_mask, dropout, kwargs, own_atte
         attention_mask.dtype != torch.int32 or tuple(attention_mask.shape) != (batch, 1, 1, kv_len)
     ):
         raise ValueError(
-            f"moba takes no custom attention mask, but got {attention_mask.dtype} {tuple(attention_mask.shape)}; pass a "
-            f"2D padding mask [batch, length], or pack documents with position_ids"
+            f"moba takes no custom attention mask, but got {attention_mask.dtype} {tuple(attention_mask.shape)}; "
+            f"pass a 2D padding mask [batch, length], or pack documents with position_ids"
         )
 
 

@@ -79,7 +79,7 @@ class BlockLayout:
     def build(
         cls, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, total_q: int, total_k: int, block_size: int
     ) -> "BlockLayout":
-        """cu_seqlens_*: int32 [sequences + 1], non-decreasing from 0. Equal neighbours (empty sequences) are allowed."""
+        """cu_seqlens_*: int32 [sequences + 1], non-decreasing from 0. Equal neighbours are empty sequences."""
         device = cu_seqlens_q.device
         q_start, k_start = cu_seqlens_q[:-1], cu_seqlens_k[:-1]
         offset = (cu_seqlens_k[1:] - k_start) - (cu_seqlens_q[1:] - q_start)

@@ -55,9 +55,7 @@ def moba_attention(
     cu_seqlens_q, cu_seqlens_k = _check(query, key, value, block_size, top_k, cu_seqlens_q, cu_seqlens_k)
     scale = query.shape[-1] ** -0.5 if scale is None else _check_scale(scale)
     if engine == "auto" and _covers(block_size * top_k, key, cu_seqlens_k):
-        return dense_attention(
-            query, key, value, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, scale=scale
-        )
+        return dense_attention(query, key, value, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, scale=scale)
     name = _choose(engine, query, block_size)
     if engine == "auto" and not torch.compiler.is_compiling():
         _say_once(name, query.device.type)
@@ -252,7 +250,9 @@ def _check(query, key, value, block_size, top_k, cu_seqlens_q, cu_seqlens_k):
             raise ValueError(f"{name} must be [tokens, heads, head_dim], but its shape was {tuple(tensor.shape)}")
         if (tensor.dtype, tensor.device) != (query.dtype, query.device):
             given = f"{tensor.dtype} on {tensor.device}"
-            raise TypeError(f"{name} must have the query's dtype and device, {query.dtype} on {query.device}, but was {given}")
+            raise TypeError(
+                f"{name} must have the query's dtype and device, {query.dtype} on {query.device}, but was {given}"
+            )
     if key.shape != value.shape:
         raise ValueError(f"key and value must have equal shapes, but were {tuple(key.shape)} and {tuple(value.shape)}")
     if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
@@ -276,12 +276,16 @@ def _check_cu_seqlens(query, key, cu_seqlens_q, cu_seqlens_k):
             raise TypeError(f"{name} must be on the query's device {query.device}, but was on {cu.device}")
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         lengths = (cu_seqlens_q.shape[0], cu_seqlens_k.shape[0])
-        raise ValueError(f"cu_seqlens_q and cu_seqlens_k must have equal lengths, but had {lengths[0]} and {lengths[1]}")
+        raise ValueError(
+            f"cu_seqlens_q and cu_seqlens_k must have equal lengths, but had {lengths[0]} and {lengths[1]}"
+        )
     if query.device.type == "cpu" and not torch.compiler.is_compiling():
         for name, (cu, tensor) in given.items():
             steps = cu.diff()
             if cu[0] != 0 or cu[-1] != tensor.shape[0] or (steps < 0).any():
-                raise ValueError(f"{name} must rise from 0 to {tensor.shape[0]} (the rows given), but was {cu.tolist()}")
+                raise ValueError(
+                    f"{name} must rise from 0 to {tensor.shape[0]} (the rows given), but was {cu.tolist()}"
+                )
         if (cu_seqlens_q.diff() > cu_seqlens_k.diff()).any():
             raise ValueError("a sequence has more queries than keys: cu_seqlens_q rises faster than cu_seqlens_k")
     return cu_seqlens_q, cu_seqlens_k

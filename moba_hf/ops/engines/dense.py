@@ -1,4 +1,4 @@
-"""Full causal attention over packed sequences, with the engine contract: `selected_blocks` and `block_size` are ignored.
+"""Full causal attention over packed sequences, with the engine contract; it ignores `selected_blocks` and `block_size`.
 
 Not an engine users name: layers that stay full, and sequences that the blocks cover anyway, run through it. Never a
 [queries, keys] mask in memory.

@@ -1,7 +1,7 @@
 """Attention cut into tiles — some rows of queries against some keys — that are merged by their log-sum-exp.
 
 The forward of a tile yields its own softmax output and LSE. The backward takes the *merged* output and LSE: then each
-tile's gradients are exactly its share of the whole, because P = exp(scores − LSE) and Δ = Σ dO·O are those of the union.
+tile's gradients are exactly its share of the whole: P = exp(scores − LSE) and Δ = Σ dO·O are those of the union.
 Own blocks and full attention are regular batches of contiguous tiles (`Tile`, `attend`, `attend_backward`); the engines
 add what else they need to the same accumulators.
 """
@@ -89,9 +89,7 @@ def _cut_square(tile: Tile, squares: list[Tile], rectangles: list[Tile]) -> None
         squares.append(tile)
         return
     half = tile.rows // 2
-    rectangles.append(
-        tile._replace(query_start=tile.query_start + half, rows=half, keys=half, causal=False)
-    )
+    rectangles.append(tile._replace(query_start=tile.query_start + half, rows=half, keys=half, causal=False))
     if tile.rows == tile.query_stride:  # the halves of all pieces lie at regular distances again
         pieces = [tile._replace(rows=half, keys=half, count=2 * tile.count, query_stride=half, key_stride=half)]
     else:
@@ -105,9 +103,9 @@ def _cut_square(tile: Tile, squares: list[Tile], rectangles: list[Tile]) -> None
 
 
 def tile_forward(query, key, value, scale: float, causal: bool = False):
-    """query [n, heads, rows, head_dim], key and value [n, heads, keys, head_dim] → output like query, lse [n, heads, rows].
+    """query [n, heads, rows, head_dim], key and value [n, heads, keys, head_dim].
 
-    Heads of key and value may be expanded (stride 0). lse is float32 or wider.
+    Returns output like query, lse [n, heads, rows]. Heads of key and value may be expanded (stride 0). lse is float32 or wider.
     """
     if query.device.type == "cpu":
         return _flash(query, key, value, 0.0, causal, scale=scale)
@@ -151,7 +149,7 @@ def merge(output, lse, tile_output, tile_lse) -> None:
 
 @dataclass(frozen=True)
 class Accumulators:
-    """The running result of the forward: output [total_q, heads, head_dim] and lse [total_q, heads], float32 or wider."""
+    """Running result of the forward: output [total_q, heads, head_dim], lse [total_q, heads], float32 or wider."""
 
     output: torch.Tensor
     lse: torch.Tensor

@@ -65,7 +65,9 @@ def past_block_kernel(
         output = tl.dot(p.to(v.dtype), v, input_precision="ieee") / total[:, None]
         entry64 = entry.to(tl.int64)
         tl.store(
-            partial_ptr + entry64[:, None] * HEAD_DIM + d[None, :], output.to(partial_ptr.dtype.element_ty), mask=row_mask
+            partial_ptr + entry64[:, None] * HEAD_DIM + d[None, :],
+            output.to(partial_ptr.dtype.element_ty),
+            mask=row_mask,
         )
         tl.store(partial_lse_ptr + entry64, high + tl.math.log2(total), mask=taken)
 
@@ -155,9 +157,10 @@ def own_block_merge_kernel(
     high = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     output = tl.zeros([ROWS, WIDTH], tl.float32)
-    for first in tl.range(tl.min(own_start, 0), tl.max(key_row, 0) + 1, KEYS, num_stages=STAGES):
+    last = tl.max(key_row, 0)  # keys after it may belong to no sequence and hold NaN, which a weight of 0 would keep
+    for first in tl.range(tl.min(own_start, 0), last + 1, KEYS, num_stages=STAGES):
         key = first + tl.arange(0, KEYS)
-        key_mask = (key < total_k)[:, None] & (d < HEAD_DIM)[None, :]
+        key_mask = (key <= last)[:, None] & (d < HEAD_DIM)[None, :]
         key64 = key[:, None].to(tl.int64)
         k = tl.load(k_ptr + key64 * k_token + d[None, :], mask=key_mask, other=0.0)
         v = tl.load(v_ptr + key64 * v_token + d[None, :], mask=key_mask, other=0.0)

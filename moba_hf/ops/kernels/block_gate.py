@@ -1,4 +1,4 @@
-"""Step 1 of the paper's Algorithm 1: block means, gate scores and the causal top-k, without the matrix of all scores."""
+"""Step 1 of the paper's Algorithm 1: block means, gate scores and the causal top-k; never the matrix of all scores."""
 
 import torch
 import triton

@@ -1,4 +1,6 @@
-"""Step 2 of the paper's Algorithm 1: order the (row, slot) entries by the block they chose. A counting sort, no host sync.
+"""Step 2 of the paper's Algorithm 1: order the (row, slot) entries by the block they chose.
+
+A counting sort without a host sync.
 
 A *row* is one (token, head of the group) of a KV head: row = (token − first token) · group + head within the group.
 An *entry* is one (row, slot): entry = row · slots + slot.
@@ -99,7 +101,9 @@ def sort_by_block(
     shape = (n_entries, n_blocks, n_chunks, tokens.start, kv_heads.start, heads)
     sizes = dict(GROUP=group, SLOTS=slots, CHUNK=_CHUNK)
     count_kernel[grid](selected_blocks, layout.first_block, counts, *shape, **sizes)
-    ends = counts.cumsum(1, dtype=torch.int32)
+    # one long running sum, not one per head: PyTorch's scan of few long rows is ten times slower
+    ends = counts.flatten().cumsum(0, dtype=torch.int32).view_as(counts)
+    ends -= torch.nn.functional.pad(ends[:-1, -1:], (0, 0, 1, 0))
     offsets = torch.nn.functional.pad(ends[:, n_chunks - 1 :: n_chunks], (1, 0))  # before `ends` is used up
     entries = torch.empty((len(kv_heads), n_entries), dtype=torch.int32, device=device)
     scatter_kernel[grid](selected_blocks, layout.first_block, ends, entries, *shape, **sizes)

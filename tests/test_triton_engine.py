@@ -1,0 +1,121 @@
+"""The Triton engine in Triton's interpreter, on a CPU: selection, outputs, log-sum-exp and the three gradients.
+
+The interpreter is chosen by an environment variable before triton is imported, for the whole process; so this file runs
+itself in a process of its own (`test_in_the_interpreter`), and the other tests stay as they are.
+
+The grid is the foundation's, scaled down: the interpreter takes about a second a case. Block sizes: a power of two and
+multiples of 8 (masked key tiles), one that divides nothing, one above the size whose keys stay on chip. Lengths: empty,
+1, B − 1, B, B + 1, long with a tail; queries at the end of longer keys, starting inside a block. Slots: none, one, more
+than there are blocks. float32 and float16; bfloat16 cannot be tested here (the interpreter multiplies its raw bits) and
+has its tests in test_gpu.py.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_engines import around, cu, states
+from tolerance import check_engine
+
+from moba_hf.ops import engines, routing
+from moba_hf.ops.blocks import BlockLayout
+from moba_hf.ops.operator import attention_forward
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+inside = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter, in a process of its own")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+@pytest.mark.timeout(900)
+def test_in_the_interpreter():
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    print(done.stdout[-3000:])
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+@inside
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("block_size", "top_k"), [(16, 3), (24, 2), (7, 2), (16, 1), (16, 50)])
+def test_parity(dtype, block_size, top_k):
+    lengths = around(block_size)
+    check_engine("triton", states(lengths, lengths, 4, 2, 16, dtype), cu(lengths), cu(lengths), block_size, top_k)
+
+
+@inside
+@pytest.mark.parametrize("block_size", [16, 40])
+def test_chunks_of_longer_keys(block_size):
+    lengths_q, lengths_k = [5, 0, 20, 1], [60, 9, 95, 40]
+    check_engine("triton", states(lengths_q, lengths_k, 3, 1, 20), cu(lengths_q), cu(lengths_k), block_size, 3)
+
+
+@inside
+def test_blocks_above_the_size_that_stays_on_chip():
+    check_engine("triton", states([600], [600], 1, 1, 16), cu([600]), cu([600]), 272, 2)
+
+
+@inside
+@pytest.mark.parametrize("workspace_mb", ["0", "1"])
+def test_small_workspace(monkeypatch, workspace_mb):
+    """Passes over heads and queries, down to one token at a time, give the same result."""
+    monkeypatch.setenv("MOBA_HF_WORKSPACE_MB", workspace_mb)
+    check_engine("triton", states([8], [30], 4, 2, 16), cu([8]), cu([30]), 8, 3)
+
+
+@inside
+def test_all_queries_choose_one_block():
+    query, key, value = states([260], [260], 4, 1, 16)
+    key[:16] = 3.0
+    check_engine("triton", (query.abs(), key, value), cu([260]), cu([260]), 16, 2)
+
+
+@inside
+@pytest.mark.parametrize("slots", [1, 2, 5])
+def test_selection(slots):
+    """The blocks of the PyTorch routing; exact ties go to the most recent block inside and across tiles of blocks."""
+    lengths = [0, 140, 17]
+    query, key, _ = states(lengths, lengths, 2, 1, 16)
+    tied = key.clone()
+    tied[20:110] = 1.0
+    for q, k in ((query, key), (torch.zeros_like(query), key), (query, tied)):
+        where = (q, k, cu(lengths), cu(lengths), 4, slots)
+        assert torch.equal(engines.load("triton").select(*where), routing.select(*where))
+
+
+@inside
+def test_rows_past_the_last_sequence():
+    query, key, value = (torch.cat([x, torch.full_like(x[:9], float("nan"))]) for x in states([40], [40]))
+    where = (cu([40]), cu([40]), 16)
+    selected = engines.load("triton").select(query, key, *where, 1)
+    assert (selected[40:] == -1).all()
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+    output, lse = attention_forward(*leaves, selected, *where, 0.25, "triton")
+    output[:40].sum().backward()
+    assert (output[40:] == 0).all() and (lse[40:] == float("-inf")).all()
+    assert all((x.grad[40:] == 0).all() and x.grad[:40].isfinite().all() for x in leaves)
+
+
+@inside
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_lse_and_determinism(deterministic):
+    from moba_hf.ops.kernels.bucket_sort import sort_by_block
+
+    query, key, value = states([150], [150], 2, 1, 16)
+    where = (cu([150]), cu([150]), 16)
+    selected = routing.select(query, key, *where, 2)
+    ours, exact = (
+        engines.load(name).forward(query, key, value, selected, *where, 0.25)[1] for name in ("triton", "blockwise")
+    )
+    torch.testing.assert_close(ours, exact)
+    layout = BlockLayout.build(cu([150]), cu([150]), 150, 150, 16)
+    buckets = sort_by_block(selected, layout, range(30, 150), range(1), 1, 9, deterministic)
+    flat = selected[30:].flatten()
+    for block in range(9):
+        entries = buckets.entries[0, buckets.offsets[0, block] : buckets.offsets[0, block + 1]]
+        assert torch.equal(entries.sort().values, (flat == block).nonzero()[:, 0].int())
+        assert not deterministic or torch.equal(entries, entries.sort().values)
