@@ -59,35 +59,35 @@ def gate_kernel(
     highest = tl.max(tl.where(some, last, 0), 0)
 
     slot = tl.arange(0, SLOTS_WIDTH)[None, :]
-    # lanes beyond SLOTS hold +inf: they are never the lowest
+    # Empty slots hold −inf and numbers below 0, all different; lanes beyond SLOTS hold +inf and are never the lowest.
     best = tl.where(slot < SLOTS, float("-inf"), float("inf")) + tl.zeros([ROWS, SLOTS_WIDTH], tl.float32)
-    chosen = tl.full([ROWS, SLOTS_WIDTH], -1, tl.int32)
+    chosen = -1 - slot + tl.zeros([ROWS, SLOTS_WIDTH], tl.int32)
     threshold = tl.full([ROWS], float("-inf"), tl.float32)
-    tiles = tl.maximum(highest - lowest + BLOCKS - 1, 0) // BLOCKS
-    for i in range(0, tiles):
-        block = highest - (i + 1) * BLOCKS + tl.arange(0, BLOCKS)
+    first_of_all = tl.max(tl.where(some, first, 0), 0)  # blocks from here to last_of_all: no row has to be masked
+    last_of_all = tl.min(tl.where(inside, last, 2147483647), 0)
+    column = tl.arange(0, BLOCKS)
+    for i in range(0, tl.maximum(highest - lowest + BLOCKS - 1, 0) // BLOCKS):
+        newest = highest - 1 - i * BLOCKS
+        block = newest - column  # descending: of equal scores the first column is the most recent block
         mean_mask = (block >= lowest)[:, None] & (d < HEAD_DIM)[None, :]
         offset = (block[:, None].to(tl.int64) * kv_heads + kv_head) * HEAD_DIM + d[None, :]
         means = tl.load(means_ptr + offset, mask=mean_mask, other=0.0)
         scores = tl.dot(q, tl.trans(means), input_precision="ieee")
-        candidate = (block[None, :] >= first[:, None]) & (block[None, :] < last[:, None])
-        scores = tl.where(candidate, scores, float("-inf"))
-        high = tl.max(scores, 1)
+        if (newest >= last_of_all) | (newest - BLOCKS + 1 < first_of_all):
+            candidate = (block[None, :] >= first[:, None]) & (block[None, :] < last[:, None])
+            scores = tl.where(candidate, scores, float("-inf"))
+        high, where = tl.max(scores, 1, return_indices=True)  # the leftmost of equals
         more = tl.max((high > threshold).to(tl.int32), 0)
         while more > 0:
-            enters = (high > threshold)[:, None]
-            newest = tl.max(tl.where(scores == high[:, None], block[None, :], -1), 1)
-            # of the lowest kept, the oldest leaves; an empty slot (−inf, −1) first of all
+            # the lowest kept leaves; of several, the oldest
             lowest_kept = best == threshold[:, None]
             oldest = tl.min(tl.where(lowest_kept, chosen, 2147483647), 1)
-            leaves = lowest_kept & (chosen == oldest[:, None])
-            place = tl.min(tl.where(leaves, slot, SLOTS_WIDTH), 1)
-            hit = enters & (slot == place[:, None])
+            hit = (high > threshold)[:, None] & lowest_kept & (chosen == oldest[:, None])
             best = tl.where(hit, high[:, None], best)
-            chosen = tl.where(hit, newest[:, None], chosen)
+            chosen = tl.where(hit, (newest - where)[:, None], chosen)
             threshold = tl.min(best, 1)
-            scores = tl.where(block[None, :] == newest[:, None], float("-inf"), scores)
-            high = tl.max(scores, 1)
+            scores = tl.where(column[None, :] == where[:, None], float("-inf"), scores)
+            high, where = tl.max(scores, 1, return_indices=True)
             more = tl.max((high > threshold).to(tl.int32), 0)
 
     empty = chosen < 0
