@@ -6,11 +6,16 @@ computes each row's own block and merges the partials into it in slot order. Row
 `bucket_sort`; log-sum-exps of partials are in base 2.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 
+from ..blocks import BlockLayout
+from .backward_settings import Tile
 from .bucket_sort import bucket_tiles, sort_by_block
+from .forward_settings import ForwardSettings
 from .workspace import head_passes, token_passes
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -197,79 +202,102 @@ def own_block_merge_kernel(
 # ---- launchers -----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Forward:
+    """What every launch of one forward pass shares.
+
+    query: [total_q, heads, head_dim]; key, value: [total_k, kv_heads, head_dim]; last stride 1. selected_blocks: int32
+    [total_q, heads, slots], contiguous. own_start, key_row: int32 [total_q], first and last key row of each query's own
+    block; total_k and −1 for rows of no sequence. layout: `BlockLayout`.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    selected_blocks: torch.Tensor
+    own_start: torch.Tensor
+    key_row: torch.Tensor
+    layout: BlockLayout
+    block_size: int
+    scale: float
+    settings: ForwardSettings
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.query, self.key, self.value
+
+    def strides(self) -> tuple[int, ...]:
+        return tuple(n for x in self.tensors() for n in x.stride()[:2])
+
+    def shapes(self, tile: Tile) -> dict[str, int]:
+        """The compile-time sizes of a kernel and its launch options."""
+        head_dim = self.query.shape[2]
+        return {
+            "GROUP": self.query.shape[1] // self.key.shape[1],
+            "SLOTS": self.selected_blocks.shape[2],
+            "HEAD_DIM": head_dim,
+            "WIDTH": max(16, triton.next_power_of_2(head_dim)),
+            "ROWS": tile.rows,
+            "KEYS": tile.keys,
+            "STAGES": tile.stages,
+            "num_warps": tile.warps,
+        }
+
+
+def prepare(query, key, value, selected_blocks, layout, block_size, scale, settings) -> Forward:
+    """Everything that depends neither on the KV heads nor on the queries of a pass."""
+    position = layout.query_position
+    key_row = layout.key_start + position
+    inside = position >= 0
+    return Forward(
+        query, key, value, selected_blocks.contiguous(),
+        torch.where(inside, key_row - position % block_size, key.shape[0]), torch.where(inside, key_row, -1),
+        layout, block_size, scale, settings,
+    )  # fmt: skip
+
+
+def past_blocks(call: Forward, buckets, tokens: range, kv_heads: range, partial, partial_lse) -> None:
+    """Write the partial output [kv heads of the pass, entries, head_dim] and LSE of every entry of `buckets`."""
+    tile = call.settings.past
+    tiles = bucket_tiles(buckets, call.settings.rows_per_program)
+    kernel = past_block_kernel if call.settings.stationary else large_past_block_kernel
+    kernel[(tiles[0].shape[1], len(kv_heads))](
+        *call.tensors(), buckets.entries, *tiles, call.layout.block_start, partial, partial_lse, *call.strides(),
+        buckets.entries.stride(0), partial.shape[1], tokens.start, kv_heads.start, tiles[0].shape[1],
+        call.scale * LOG2_E.value, BLOCK_SIZE=call.block_size, **call.shapes(tile),
+    )  # fmt: skip
+
+
+def own_block_merge(call: Forward, tokens: range, kv_heads: range, partial, partial_lse, output, lse) -> None:
+    """Write output and lse of the queries `tokens` and the heads of `kv_heads`: own blocks merged with the partials."""
+    tile, group = call.settings.own, call.query.shape[1] // call.key.shape[1]
+    own_block_merge_kernel[(triton.cdiv(len(tokens) * group, tile.rows), len(kv_heads))](
+        *call.tensors(), call.own_start, call.key_row, call.selected_blocks, partial, partial_lse, output, lse,
+        *call.strides(), partial.shape[1], tokens.start, tokens.stop, kv_heads.start, call.key.shape[0],
+        call.query.shape[1], call.scale * LOG2_E.value, **call.shapes(tile),
+    )  # fmt: skip
+
+
+# ---- the whole forward ---------------------------------------------------------------------------------------------
+
+
 def forward_pass(query, key, value, selected_blocks, layout, block_size, scale, settings, deterministic):
     """(output, lse) of the engine contract, in passes over KV heads and queries that keep the partials bounded."""
+    call = prepare(query, key, value, selected_blocks, layout, block_size, scale, settings)
     total_q, heads, head_dim = query.shape
-    kv_heads = key.shape[1]
-    selected_blocks = selected_blocks.contiguous()
+    kv_heads, n_blocks = key.shape[1], layout.block_start.shape[0]
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty((total_q, heads), dtype=torch.float32, device=query.device)
     entries_per_token = heads // kv_heads * selected_blocks.shape[2]
     token_bytes = entries_per_token * (head_dim * query.element_size() + 4)
-    states = (query, key, value, selected_blocks, layout, block_size, scale, settings)
-    for heads_of_pass in head_passes(kv_heads, total_q * token_bytes):
-        for tokens in token_passes(total_q, len(heads_of_pass) * token_bytes):
+    for head_pass in head_passes(kv_heads, total_q * token_bytes):
+        for tokens in token_passes(total_q, len(head_pass) * token_bytes):
             entries = len(tokens) * entries_per_token
-            partial = query.new_empty((len(heads_of_pass), entries, head_dim))
-            partial_lse = lse.new_empty((len(heads_of_pass), entries))
-            if entries and len(layout.block_start):
-                _past_blocks(*states, tokens, heads_of_pass, partial, partial_lse, deterministic)
-            _own_block_merge(*states, tokens, heads_of_pass, partial, partial_lse, output, lse)
+            partial = query.new_empty((len(head_pass), entries, head_dim))
+            partial_lse = lse.new_empty((len(head_pass), entries))
+            if entries and n_blocks:
+                buckets = sort_by_block(
+                    call.selected_blocks, layout, tokens, head_pass, kv_heads, n_blocks, deterministic
+                )
+                past_blocks(call, buckets, tokens, head_pass, partial, partial_lse)
+            own_block_merge(call, tokens, head_pass, partial, partial_lse, output, lse)
     return output, lse
-
-
-def _past_blocks(
-    query, key, value, selected_blocks, layout, block_size, scale, settings, tokens, kv_heads, partial, partial_lse,
-    deterministic,
-):  # fmt: skip
-    buckets = sort_by_block(
-        selected_blocks, layout, tokens, kv_heads, key.shape[1], len(layout.block_start), deterministic
-    )
-    tile = settings.past
-    tiles = bucket_tiles(buckets, settings.rows_per_program)
-    kernel = past_block_kernel if settings.stationary else large_past_block_kernel
-    kernel[(tiles[0].shape[1], len(kv_heads))](
-        query, key, value, buckets.entries, *tiles, layout.block_start, partial, partial_lse,
-        *_strides(query, key, value), buckets.entries.stride(0), partial.shape[1], tokens.start, kv_heads.start,
-        tiles[0].shape[1], scale * LOG2_E.value,
-        SLOTS=selected_blocks.shape[2], BLOCK_SIZE=block_size, **_sizes(query, key, tile),
-    )  # fmt: skip
-
-
-def _own_block_merge(
-    query, key, value, selected_blocks, layout, block_size, scale, settings, tokens, kv_heads, partial, partial_lse,
-    output, lse,
-):  # fmt: skip
-    own_start, key_row = own_block_bounds(layout, block_size, key.shape[0])
-    tile = settings.own
-    rows = len(tokens) * (query.shape[1] // key.shape[1])
-    own_block_merge_kernel[(triton.cdiv(rows, tile.rows), len(kv_heads))](
-        query, key, value, own_start, key_row, selected_blocks, partial, partial_lse, output, lse,
-        *_strides(query, key, value), partial.shape[1], tokens.start, tokens.stop, kv_heads.start, key.shape[0],
-        query.shape[1], scale * LOG2_E.value, SLOTS=selected_blocks.shape[2], **_sizes(query, key, tile),
-    )  # fmt: skip
-
-
-def own_block_bounds(layout, block_size: int, total_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """First and last key row of each query's own block: int32 [total_q]; total_k and −1 for rows of no sequence."""
-    position = layout.query_position
-    key_row = layout.key_start + position
-    inside = position >= 0
-    return torch.where(inside, key_row - position % block_size, total_k), torch.where(inside, key_row, -1)
-
-
-def _strides(*states) -> tuple[int, ...]:
-    return tuple(stride for x in states for stride in x.stride()[:2])
-
-
-def _sizes(query, key, tile) -> dict[str, int]:
-    head_dim = query.shape[2]
-    return {
-        "GROUP": query.shape[1] // key.shape[1],
-        "HEAD_DIM": head_dim,
-        "WIDTH": max(16, triton.next_power_of_2(head_dim)),
-        "ROWS": tile.rows,
-        "KEYS": tile.keys,
-        "STAGES": tile.stages,
-        "num_warps": tile.warps,
-    }
