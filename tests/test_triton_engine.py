@@ -119,3 +119,21 @@ def test_lse_and_determinism(deterministic):
         entries = buckets.entries[0, buckets.offsets[0, block] : buckets.offsets[0, block + 1]]
         assert torch.equal(entries.sort().values, (flat == block).nonzero()[:, 0].int())
         assert not deterministic or torch.equal(entries, entries.sort().values)
+
+
+@inside
+@pytest.mark.parametrize(
+    "lengths", [([5, 0, 7], [20, 3, 7]), ([0], [0]), ([40], [40]), ([1] * 30, [4] * 30), ([3, 2], [10, 2])]
+)
+@pytest.mark.parametrize("beyond", [0, 6])
+def test_block_layout(lengths, beyond):
+    """The kernel's integers are those of the PyTorch version, also for rows past the last sequence."""
+    from moba_hf.ops.kernels.block_layout import block_layout
+
+    where = (cu(lengths[0]), cu(lengths[1]), sum(lengths[0]) + beyond, sum(lengths[1]) + beyond, 4)
+    ours, expected = block_layout(*where), BlockLayout.build(*where)
+    assert torch.equal(ours.query_position, expected.query_position)
+    assert torch.equal(ours.block_start, expected.block_start)
+    known = expected.query_position >= 0
+    for name in ("key_start", "first_block"):
+        assert torch.equal(getattr(ours, name)[known], getattr(expected, name)[known])

@@ -60,7 +60,10 @@ def backward(
 
 
 def _layout(query, key, cu_seqlens_q, cu_seqlens_k, block_size) -> BlockLayout:
-    return BlockLayout.build(cu_seqlens_q, cu_seqlens_k, query.shape[0], key.shape[0], block_size)
+    from ..kernels.block_layout import block_layout
+
+    ends = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())
+    return block_layout(*ends, query.shape[0], key.shape[0], block_size)
 
 
 def _forward_settings(query, block_size):
