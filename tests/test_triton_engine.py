@@ -88,6 +88,15 @@ def test_selection(slots):
 
 
 @inside
+def test_selection_where_a_tile_of_rows_spans_documents():
+    """The second document has no past block, and shares a tile of rows with queries that have many."""
+    lengths = [270, 4]
+    query, key, _ = states(lengths, lengths, 1, 1, 16)
+    where = (query, key, cu(lengths), cu(lengths), 4, 2)
+    assert torch.equal(engines.load("triton").select(*where), routing.select(*where))
+
+
+@inside
 def test_rows_past_the_last_sequence():
     query, key, value = (torch.cat([x, torch.full_like(x[:9], float("nan"))]) for x in states([40], [40]))
     where = (cu([40]), cu([40]), 16)

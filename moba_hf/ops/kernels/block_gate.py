@@ -63,8 +63,9 @@ def gate_kernel(
     best = tl.where(slot < SLOTS, float("-inf"), float("inf")) + tl.zeros([ROWS, SLOTS_WIDTH], tl.float32)
     chosen = -1 - slot + tl.zeros([ROWS, SLOTS_WIDTH], tl.int32)
     threshold = tl.full([ROWS], float("-inf"), tl.float32)
-    first_of_all = tl.max(tl.where(some, first, 0), 0)  # blocks from here to last_of_all: no row has to be masked
-    last_of_all = tl.min(tl.where(inside, last, 2147483647), 0)
+    # Blocks from first_of_all to last_of_all are candidates of every row; none are where a row has no candidate.
+    first_of_all = tl.max(tl.where(some, first, 0), 0)
+    last_of_all = tl.min(tl.where(inside, tl.where(some, last, 0), 2147483647), 0)
     column = tl.arange(0, BLOCKS)
     for i in range(0, tl.maximum(highest - lowest + BLOCKS - 1, 0) // BLOCKS):
         newest = highest - 1 - i * BLOCKS
@@ -76,18 +77,19 @@ def gate_kernel(
         if (newest >= last_of_all) | (newest - BLOCKS + 1 < first_of_all):
             candidate = (block[None, :] >= first[:, None]) & (block[None, :] < last[:, None])
             scores = tl.where(candidate, scores, float("-inf"))
-        high, where = tl.max(scores, 1, return_indices=True)  # the leftmost of equals
+        high = tl.max(scores, 1)
         more = tl.max((high > threshold).to(tl.int32), 0)
         while more > 0:
+            best_column = tl.min(tl.where(scores == high[:, None], column[None, :], BLOCKS), 1)
             # the lowest kept leaves; of several, the oldest
             lowest_kept = best == threshold[:, None]
             oldest = tl.min(tl.where(lowest_kept, chosen, 2147483647), 1)
             hit = (high > threshold)[:, None] & lowest_kept & (chosen == oldest[:, None])
             best = tl.where(hit, high[:, None], best)
-            chosen = tl.where(hit, (newest - where)[:, None], chosen)
+            chosen = tl.where(hit, (newest - best_column)[:, None], chosen)
             threshold = tl.min(best, 1)
-            scores = tl.where(column[None, :] == where[:, None], float("-inf"), scores)
-            high, where = tl.max(scores, 1, return_indices=True)
+            scores = tl.where(column[None, :] == best_column[:, None], float("-inf"), scores)
+            high = tl.max(scores, 1)
             more = tl.max((high > threshold).to(tl.int32), 0)
 
     empty = chosen < 0
