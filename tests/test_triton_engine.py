@@ -19,6 +19,7 @@ import pytest
 import torch
 from test_engines import around, cu, states
 from tolerance import check_engine
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moba_hf.ops import engines, routing
 from moba_hf.ops.blocks import BlockLayout
@@ -146,3 +147,34 @@ def test_block_layout(lengths, beyond):
     known = expected.query_position >= 0
     for name in ("key_start", "first_block"):
         assert torch.equal(getattr(ours, name)[known], getattr(expected, name)[known])
+
+
+class _NoSync(TorchDispatchMode):
+    """Raises where the host would wait for a device value."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal", "bincount")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.removeprefix("aten::")
+        if any(name.startswith(wait) for wait in self.WAITS):
+            raise AssertionError(f"{name} waits for the device")
+        return function(*args, **(kwargs or {}))
+
+
+@inside
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_nothing_waits_for_the_device(deterministic):
+    """Routing, forward and backward never read a device value; on a GPU test_gpu.py captures them in a graph."""
+    lengths = [50, 0, 20]
+    query, key, value = states(lengths, lengths, 2, 1, 16)
+    triton, where = engines.load("triton"), (cu(lengths), cu(lengths), 16)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        with _NoSync():
+            with pytest.raises(AssertionError, match="waits"):  # the mode can see a wait
+                where[0][-1].item()
+            selected = triton.select(query, key, *where, 2)
+            output, lse = triton.forward(query, key, value, selected, *where, 0.25)
+            triton.backward(output, query, key, value, output, lse, selected, *where, 0.25)
+    finally:
+        torch.use_deterministic_algorithms(False)
