@@ -37,10 +37,11 @@ from transformers import (
 
 import moba_hf
 from moba_hf.evaluation.figures import loss_figure, routing_figure, save
+from moba_hf.evaluation.position_loss import HeldOutLoss
 from moba_hf.evaluation.routing import Routing, record_routing
 from moba_hf.training.arguments import DataArguments, ModelArguments, model_location, parse
 from moba_hf.training.data import HeldOut, PackingCount, hold_out, read_documents, training_sequences
-from moba_hf.training.meter import HeldOutLoss, Measurement, Meter, MeteredTrainer
+from moba_hf.training.meter import Measurement, Meter, MeteredTrainer
 from moba_hf.training.run_folder import RunFolder, write_json
 
 logger = logging.getLogger("continue_pretrain")

@@ -5,10 +5,11 @@ import torch
 from models import BLOCK_SIZE, TOP_K, tiny_model
 
 import moba_hf
+from moba_hf.evaluation import position_loss
 from moba_hf.evaluation.figures import loss_figure, routing_figure, save
+from moba_hf.evaluation.position_loss import HeldOutLoss, token_losses
 from moba_hf.evaluation.routing import record_routing
-from moba_hf.training import meter
-from moba_hf.training.meter import Meter, token_losses
+from moba_hf.training.meter import Meter
 
 LENGTH = 48
 
@@ -23,7 +24,7 @@ def sequences():
 def test_losses_are_the_models_own(family, logits_at_once, sequences, monkeypatch):
     changes = {"granite": {"logits_scaling": 3.0}, "gemma3_text": {"final_logit_softcapping": 2.0}}.get(family, {})
     model = tiny_model(family, **changes).eval()
-    monkeypatch.setattr(meter, "_LOGITS", logits_at_once)
+    monkeypatch.setattr(position_loss, "_LOGITS", logits_at_once)
     losses = token_losses(model, sequences)
     assert losses.shape == (3, LENGTH - 1) and losses.dtype == torch.float32
     for row, ids in zip(losses, sequences, strict=True):
@@ -46,7 +47,7 @@ def test_both_attentions_and_nothing_left_behind(sequences):
 
 
 def test_summaries():
-    loss = meter.HeldOutLoss(torch.tensor([[1.0, 2.0, 3.0], [3.0, 4.0, 5.0]]))
+    loss = HeldOutLoss(torch.tensor([[1.0, 2.0, 3.0], [3.0, 4.0, 5.0]]))
     assert loss.summary(2) == {"mean": 3.0, "trailing": 3.5}
     assert loss.by_position().tolist() == [2.0, 3.0, 4.0]
     assert loss.by_position(2).tolist() == [2.5, 4.0]

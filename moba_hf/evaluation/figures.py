@@ -16,7 +16,7 @@ from matplotlib.patches import Patch
 from .routing import Routing
 
 FULL, MOBA = "#0072B2", "#D55E00"
-_STYLE = {
+STYLE = {
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.titlelocation": "left",
@@ -34,7 +34,7 @@ _STYLE = {
 
 def save(figure: Figure, path: Path) -> None:
     """Write the figure; the suffix names the format."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure.savefig(path)
 
 
@@ -53,7 +53,7 @@ def loss_figure(
         full, moba: "mean" and "trailing" loss at each of them, in nats per token.
         trailing_tokens: what "trailing" means, for the title.
     """
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 4))
         panels = figure.subplots(1, 2)
         names = {"mean": "All positions", "trailing": f"Last {trailing_tokens} positions"}
@@ -102,7 +102,7 @@ def routing_figure(
     """
     layers = _spread(sorted(routing.layers), 3) if layers is None else layers
     heads = _spread(range(routing.layers[layers[0]].shape[1]), 3) if heads is None else heads
-    with matplotlib.rc_context({**_STYLE, "axes.grid": False}):
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
         figure = Figure(figsize=(2.7 * len(heads) + 0.6, 2.6 * len(layers) + 1))
         panels = figure.subplots(len(layers), len(heads), sharex=True, sharey=True, squeeze=False)
         for row, layer in zip(panels, layers, strict=True):

@@ -1,44 +1,16 @@
 """Is MoBA activated yet? The loss of one model on the same held-out text, in full and in MoBA attention."""
 
-import contextlib
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
+from ..evaluation.modes import attention
+from ..evaluation.position_loss import HeldOutLoss, token_losses
+
 MOBA = "moba"
-_LOGITS = 2**27  # elements of fp32 logits held at once: 512 MB
-
-
-@dataclass(frozen=True)
-class HeldOutLoss:
-    """Cross entropy in nats at every position of held-out sequences.
-
-    Attributes:
-        by_token: float32 [sequences, sequence_length − 1], on the CPU; column i is the loss of predicting token i + 1.
-    """
-
-    by_token: torch.Tensor
-
-    def mean(self) -> float:
-        return self.by_token.mean().item()
-
-    def trailing(self, tokens: int) -> float:
-        """Over the last `tokens` positions, where attention has most to choose from."""
-        return self.by_token[:, -tokens:].mean().item()
-
-    def by_position(self, window: int = 1) -> torch.Tensor:
-        """float32 [⌈(sequence_length − 1) / window⌉]: averaged over the sequences and over windows of positions."""
-        return torch.stack([part.mean() for part in self.by_token.mean(0).split(window)])
-
-    def first(self, sequences: int) -> "HeldOutLoss":
-        return HeldOutLoss(self.by_token[:sequences])
-
-    def summary(self, trailing_tokens: int) -> dict[str, float]:
-        return {"mean": self.mean(), "trailing": self.trailing(trailing_tokens)}
 
 
 @dataclass(frozen=True)
@@ -54,51 +26,6 @@ class Measurement:
     def gap(self, trailing_tokens: int) -> float:
         """Trailing MoBA loss − trailing full loss: what sparsity costs, and what training has to close."""
         return self.moba.trailing(trailing_tokens) - self.full.trailing(trailing_tokens)
-
-
-@contextlib.contextmanager
-def attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
-    """Run the model with another attention implementation; the former one returns at the end."""
-    former = model.config._attn_implementation
-    model.set_attn_implementation(implementation)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(former)
-
-
-@torch.no_grad()
-def token_losses(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
-    """Cross entropy at every position, float32 [sequences, length − 1], without holding all the logits.
-
-    The decoder runs once. The model's own forward then turns slices of its output into logits, so that each family
-    keeps what it does there (scaling, soft caps): only the decoder inside is replaced by what it has returned.
-
-    Args:
-        input_ids: int64 [sequences, length], one document each.
-    """
-    decoder = model.get_decoder()
-    positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None].expand_as(input_ids)
-    hidden = decoder(input_ids=input_ids, position_ids=positions, use_cache=False)
-    slice_length = max(1, _LOGITS // (input_ids.shape[0] * model.config.get_text_config().vocab_size))
-    losses = []
-    with _replay(decoder, hidden):
-        for where in positions[0, :-1].split(slice_length):
-            logits = model(input_ids=input_ids, logits_to_keep=where, use_cache=False).logits.float()
-            losses.append(torch.nn.functional.cross_entropy(logits.mT, input_ids[:, where + 1], reduction="none"))
-    return torch.cat(losses, dim=1)
-
-
-@contextlib.contextmanager
-def _replay(module: torch.nn.Module, output) -> Iterator[None]:
-    """Within it, calling `module` returns `output`."""
-    module.forward, former = (lambda *_, **__: output), module.__dict__.get("forward")
-    try:
-        yield
-    finally:
-        del module.forward
-        if former is not None:
-            module.forward = former
 
 
 @dataclass(frozen=True)

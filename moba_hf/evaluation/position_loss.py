@@ -1,0 +1,125 @@
+"""Cross entropy at every position of held-out sequences, and what it comes to far into them."""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from .modes import Mode, running
+
+_LOGITS = 2**27  # elements of fp32 logits held at once: 512 MB
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """Cross entropy in nats at every position of held-out sequences.
+
+    Attributes:
+        by_token: float32 [sequences, sequence_length − 1], on the CPU; column i is the loss of predicting token i + 1.
+    """
+
+    by_token: torch.Tensor
+
+    def mean(self) -> float:
+        return self.by_token.mean().item()
+
+    def trailing(self, tokens: int) -> float:
+        """Over the last `tokens` positions, where attention has most to choose from."""
+        return self.by_token[:, -tokens:].mean().item()
+
+    def by_position(self, window: int = 1) -> torch.Tensor:
+        """float32 [⌈(sequence_length − 1) / window⌉]: averaged over the sequences and over windows of positions."""
+        return torch.stack([part.mean() for part in self.by_token.mean(0).split(window)])
+
+    def first(self, sequences: int) -> "HeldOutLoss":
+        return HeldOutLoss(self.by_token[:sequences])
+
+    def summary(self, trailing_tokens: int) -> dict[str, float]:
+        return {"mean": self.mean(), "trailing": self.trailing(trailing_tokens)}
+
+
+@torch.no_grad()
+def token_losses(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+    """Cross entropy at every position, float32 [sequences, length − 1], without holding all the logits.
+
+    The decoder runs once. The model's own forward then turns slices of its output into logits, so that each family
+    keeps what it does there (scaling, soft caps): only the decoder inside is replaced by what it has returned.
+
+    Args:
+        input_ids: int64 [sequences, length], one document each.
+    """
+    decoder = model.get_decoder()
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None].expand_as(input_ids)
+    hidden = decoder(input_ids=input_ids, position_ids=positions, use_cache=False)
+    slice_length = max(1, _LOGITS // (input_ids.shape[0] * model.config.get_text_config().vocab_size))
+    losses = []
+    with _replay(decoder, hidden):
+        for where in positions[0, :-1].split(slice_length):
+            logits = model(input_ids=input_ids, logits_to_keep=where, use_cache=False).logits.float()
+            losses.append(torch.nn.functional.cross_entropy(logits.mT, input_ids[:, where + 1], reduction="none"))
+    return torch.cat(losses, dim=1)
+
+
+@contextlib.contextmanager
+def _replay(module: torch.nn.Module, output) -> Iterator[None]:
+    """Within it, calling `module` returns `output`."""
+    module.forward, former = (lambda *_, **__: output), module.__dict__.get("forward")
+    try:
+        yield
+    finally:
+        del module.forward
+        if former is not None:
+            module.forward = former
+
+
+def full_length(documents: Iterable[Sequence[int]], length: int, sequences: int) -> tuple[torch.Tensor, int]:
+    """The paper's counting rule: a sequence counts only where one document fills it.
+
+    Were shorter ones counted, early positions would be averaged over other text than late ones, and the curve over
+    positions would show the text, not the attention.
+
+    Args:
+        documents: token numbers of each.
+        length: tokens per sequence. sequences: how many are wanted; documents are read until they are found.
+
+    Returns:
+        int64 [at most `sequences`, length], the first pieces of long documents before their second ones; and how many
+        of the documents read were too short.
+
+    Raises:
+        ValueError: no document is that long.
+    """
+    pieces, short, found = [], 0, 0
+    for document in documents:
+        whole = len(document) // length
+        short += whole == 0
+        pieces += [(i, len(pieces), document[i * length : (i + 1) * length]) for i in range(whole)]
+        found += whole > 0
+        if found == sequences:
+            break
+    if not pieces:
+        raise ValueError(f"none of the {short} documents has {length} tokens; shorten the sequences or give other text")
+    return torch.tensor([piece for *_, piece in sorted(pieces)[:sequences]]), short
+
+
+def measure(
+    model: PreTrainedModel, sequences: torch.Tensor, modes: Sequence[Mode]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(mode's name, float32 [1, length − 1]) for each sequence and mode, as they are measured.
+
+    sequences: int64 [sequences, length], one document each.
+    """
+    for row in sequences:
+        for mode in modes:
+            with running(model, mode):
+                yield mode.name, token_losses(model, row[None].to(model.device)).cpu()
+
+
+def collect(measured: Iterable[tuple[str, torch.Tensor]]) -> dict[str, HeldOutLoss]:
+    """What `measure` yields, by mode."""
+    rows: dict[str, list[torch.Tensor]] = {}
+    for name, losses in measured:
+        rows.setdefault(name, []).append(losses)
+    return {name: HeldOutLoss(torch.cat(losses)) for name, losses in rows.items()}

@@ -1,0 +1,108 @@
+"""Needle in a haystack: find one number in a long text, over a grid of lengths and depths, full and MoBA side by side.
+
+    python scripts/eval_needle.py --model_name_or_path runs/demo/model --lengths 1024 2048 --depths 0 50 100
+    python scripts/eval_needle.py --model_name_or_path my/1m-model --haystack essays/ --dtype bfloat16 \
+        --batch_size 5 --prefill_chunk_size 65536
+
+Without --lengths and --depths the grid is the paper's: 32 lengths to 1,024,000 tokens × 15 depths. The output folder
+gets
+
+    cells.jsonl     every answer as it came; started again, the script goes on after the last one
+    needle.json     settings, every cell, and the table of each mode
+    needle.png      the grids, red to green
+
+The haystack is a .txt or .md file, a folder of them, or pydoc: Python's own manual. It is repeated where it is too
+short for a length. Like every script here it also takes --config FILE.yaml with any of the arguments below.
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from moba_hf.evaluation import needle
+from moba_hf.evaluation.checkpoint import describe, load
+from moba_hf.evaluation.evaluation_figures import needle_figure
+from moba_hf.evaluation.figures import save
+from moba_hf.evaluation.modes import side_by_side
+from moba_hf.evaluation.result_log import ResultLog
+from moba_hf.training.arguments import ModelArguments, model_location, parse
+from moba_hf.training.data import read_documents
+from moba_hf.training.run_folder import write_json
+
+
+@dataclass
+class NeedleArguments:
+    """The grid, and how it is run."""
+
+    lengths: list[int] = field(
+        default_factory=lambda: list(needle.PAPER_LENGTHS), metadata={"help": "Tokens of prompt and answer."}
+    )
+    depths: list[int] = field(
+        default_factory=lambda: list(needle.PAPER_DEPTHS), metadata={"help": "Percent of the text before the needle."}
+    )
+    samples: int = field(default=1, metadata={"help": "Different numbers hidden per cell."})
+    new_tokens: int = field(default=16, metadata={"help": "Tokens the model may answer with."})
+    seed: int = field(default=0, metadata={"help": "Another one hides other numbers."})
+    haystack: str = field(default="pydoc", metadata={"help": "Text file, folder of text files, or pydoc."})
+    batch_size: int = field(default=1, metadata={"help": "Cells of one length run at once."})
+    prefill_chunk_size: int | None = field(
+        default=None, metadata={"help": "Tokens of a prompt run at a time, to bound the memory of long ones."}
+    )
+    output_dir: str = field(default="runs/needle", metadata={"help": "Folder of the results."})
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Run the grid; returns the report."""
+    model_args, args = parse((ModelArguments, NeedleArguments), argv, description=__doc__)
+    grid = needle.Grid(tuple(args.lengths), tuple(args.depths), args.samples, args.new_tokens, args.seed)
+    text = "\n\n".join(read_documents(args.haystack))
+    model, tokenizer = load(
+        model_location(model_args),
+        longest=max(grid.lengths),
+        gguf_file=model_args.gguf_file,
+        dtype=model_args.dtype,
+        moba=model_args.moba,
+    )
+    haystack = needle.Haystack(tokenizer, text)
+    settings = {**describe(model, model_args.model_name_or_path), **asdict(grid), "haystack": args.haystack}
+    folder = Path(args.output_dir)
+    log = ResultLog(folder / "cells.jsonl", settings)
+    modes = side_by_side(model_args.dense_attention)
+    total = len(modes) * sum(1 for _ in grid.cells())
+    with tqdm(total=total, initial=len(log.results), desc="Needles", unit="cell") as bar:
+        for added in needle.run(
+            model,
+            haystack,
+            grid,
+            modes,
+            log,
+            batch_size=args.batch_size,
+            prefill_chunk_size=args.prefill_chunk_size,
+        ):
+            bar.update(added)
+    return report(folder, settings, haystack, grid, log.results, [mode.name for mode in modes])
+
+
+def report(folder: Path, settings: dict, haystack: needle.Haystack, grid: needle.Grid, results, modes) -> dict:
+    """Write JSON and figure; say what was found."""
+    tables = {mode: needle.table(results, mode, grid) for mode in modes}
+    found = {mode: sum(map(sum, table)) / len(grid.depths) / len(grid.lengths) for mode, table in tables.items()}
+    result = {
+        "settings": settings,
+        "haystack_tokens": haystack.tokens,
+        "found": found,
+        "tables": tables,
+        "cells": results,
+    }
+    write_json(folder / "needle.json", result)
+    title = f"Needle in a haystack ({settings['model']})"
+    save(needle_figure(tables, grid.lengths, grid.depths, title=title), folder / "needle.png")
+    for mode, share in found.items():
+        print(f"{mode:<5} found {100 * share:.1f} % of the needles")
+    print(f"Every cell: {folder / 'needle.json'}; figure: {folder / 'needle.png'}")
+    return result
+
+
+if __name__ == "__main__":
+    main()
