@@ -138,10 +138,9 @@ def _scores(query, key, scale: float, causal: bool) -> torch.Tensor:
 
 def merge(output, lse, tile_output, tile_lse) -> None:
     """Fold a tile into the accumulators of its rows, in place: output [..., rows, head_dim], lse [..., rows]."""
-    merged = torch.logaddexp(lse, tile_lse)
-    output.mul_((lse - merged).exp_()[..., None])
-    output.addcmul_(tile_output.to(output.dtype), (tile_lse - merged).exp_()[..., None])
-    lse.copy_(merged)
+    share = torch.sigmoid(tile_lse - lse)  # = exp(tile_lse − merged lse)
+    output.lerp_(tile_output.to(output.dtype), share[..., None])
+    lse.copy_(torch.logaddexp(lse, tile_lse))
 
 
 # ---- contiguous tiles over packed tensors --------------------------------------------------------------------------
