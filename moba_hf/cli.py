@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.metadata
+import importlib.util
 import platform
 import sys
 
@@ -18,8 +19,27 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("doctor", help="say what is installed and which engines run here")
     command.set_defaults(run=doctor)
-    arguments = parser.parse_args(argv)
+    commands.add_parser("lm-eval", help="lm-eval's own command line, with attn_implementation=moba known to it")
+    given = sys.argv[1:] if argv is None else argv
+    if given[:1] == ["lm-eval"]:  # what follows is not for this parser, --help included
+        return lm_eval(given[1:])
+    arguments = parser.parse_args(given)
     return arguments.run(arguments)
+
+
+def lm_eval(arguments: list[str]) -> int:
+    """Hand over to lm-eval. Importing this package has registered "moba", which is all that is missing there."""
+    if importlib.util.find_spec("lm_eval") is None:
+        print('moba-hf lm-eval needs lm-eval: pip install "moba_hf[eval]"', file=sys.stderr)
+        return 2
+    from lm_eval.__main__ import cli_evaluate
+
+    former, sys.argv = sys.argv, ["moba-hf lm-eval", *arguments]  # where its command line reads them
+    try:
+        cli_evaluate()
+    finally:
+        sys.argv = former
+    return 0
 
 
 def doctor(_arguments) -> int:

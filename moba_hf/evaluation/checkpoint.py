@@ -13,7 +13,8 @@ def check(
     """The MoBA settings in force; `moba`, where given, replaces the checkpoint's.
 
     Raises:
-        ValueError: neither has any and the measurement `needs_settings`; or `longest` tokens are more than the model has positions.
+        ValueError: neither has any and the measurement `needs_settings`; or the model has fewer than `longest`
+            positions.
     """
     text = config.get_text_config(decoder=True)
     if moba is not None:
