@@ -11,6 +11,7 @@ import torch
 from tolerance import check_engine, run
 
 import moba_hf
+from moba_hf.ops import engines
 from moba_hf.ops.operator import dense_attention
 
 ENGINES = ["blockwise"]
@@ -81,6 +82,20 @@ def test_all_queries_choose_one_block(engine):
     key[:16] = 3.0
     query = query.abs()
     check_engine(engine, (query, key, value), cu(lengths), cu(lengths), 16, 2)
+
+
+@pytest.mark.parametrize("threads", [1, 3, 5])
+def test_rows_shared_out_unevenly(threads):
+    """The backward cuts a block's rows into one piece a thread and fills up the last; the filling counts nowhere."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        pieces = engines.load("blockwise")._pieces(torch.arange(7, 7 + 64 * threads + 1))
+        assert pieces.shape == (threads, 65)
+        assert pieces.flatten()[64 * threads :].eq(7 + 64 * threads).all()
+        check_engine("blockwise", states([700], [700], 3, 1, 8), cu([700]), cu([700]), 100, 3)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -105,7 +105,7 @@ def _cut_square(tile: Tile, squares: list[Tile], rectangles: list[Tile]) -> None
 def tile_forward(query, key, value, scale: float, causal: bool = False):
     """query [n, heads, rows, head_dim], key and value [n, heads, keys, head_dim].
 
-    Returns output like query, lse [n, heads, rows], float32 or wider. Heads of key and value may be expanded (stride 0).
+    Returns output like query, lse [n, heads, rows], float32 or wider. Heads of key, value may be expanded (stride 0).
     """
     if query.device.type == "cpu":
         return _flash(query, key, value, 0.0, causal, scale=scale)
