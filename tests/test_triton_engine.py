@@ -98,6 +98,28 @@ def test_selection_where_a_tile_of_rows_spans_documents():
 
 
 @inside
+@pytest.mark.parametrize("which", ["query", "key", "value"])
+def test_a_head_beyond_2_to_the_31_elements(which):
+    """[heads, tokens, head_dim] views, as a KV cache has them: 4 GB of address space, few pages touched."""
+    tensors = dict(zip(("query", "key", "value"), states([40], [40], 3, 3, 16, torch.float16)))
+    where = (cu([40]), cu([40]), 16)
+    selected = routing.select(tensors["query"], tensors["key"], *where, 1)
+    grad_output = torch.ones(40, 3, 16, dtype=torch.float16)
+
+    def results(query, key, value):
+        triton = engines.load("triton")
+        output, lse = triton.forward(query, key, value, selected, *where, 0.25)
+        grads = triton.backward(grad_output, query, key, value, output, lse, selected, *where, 0.25)
+        return triton.select(query, key, *where, 1), output, lse, *grads
+
+    expected = results(**tensors)
+    stride = 2**30 + 1024  # head 2 begins above 2³¹
+    far = torch.empty(2 * stride + 40 * 16, dtype=torch.float16).as_strided((40, 3, 16), (16, stride, 1))
+    tensors[which] = far.copy_(tensors[which])
+    assert all(torch.equal(one, two) for one, two in zip(results(**tensors), expected))
+
+
+@inside
 def test_rows_past_the_last_sequence():
     query, key, value = (torch.cat([x, torch.full_like(x[:9], float("nan"))]) for x in states([40], [40]))
     where = (cu([40]), cu([40]), 16)

@@ -64,7 +64,7 @@ def own_block_keys_kernel(
     dk, dv: float32 [kv heads of the pass, total_k, HEAD_DIM], every element written once.
     """
     tile, slice_head = tl.program_id(0), tl.program_id(1)
-    kv_head = first_kv_head + slice_head
+    kv_head = (first_kv_head + slice_head).to(tl.int64)
     d = tl.arange(0, WIDTH)
     key = tile * KEYS + tl.arange(0, KEYS)
     key_mask = (key < total_k)[:, None] & (d < HEAD_DIM)[None, :]
@@ -127,7 +127,7 @@ def past_block_keys_kernel(
     if bucket < 0:
         return
     begin, end = tl.load(begin_ptr + tile), tl.load(end_ptr + tile)
-    kv_head = first_kv_head + tl.program_id(1)
+    kv_head = (first_kv_head + tl.program_id(1)).to(tl.int64)  # head strides reach past 2³¹
     d = tl.arange(0, WIDTH)
     within = (tl.program_id(0) % key_tiles) * KEYS + tl.arange(0, KEYS)
     key = (tl.load(block_start_ptr + bucket) + within)[:, None].to(tl.int64)
@@ -189,7 +189,7 @@ def past_block_queries_kernel(
     if bucket < 0:
         return
     position = tl.load(begin_ptr + tile) + tl.arange(0, ROWS)
-    kv_head = first_kv_head + tl.program_id(1)
+    kv_head = (first_kv_head + tl.program_id(1)).to(tl.int64)
     taken = position < tl.load(end_ptr + tile)
     entry = tl.load(entries_ptr + slice_head * entries_head + position, mask=taken, other=0)
     row = entry // SLOTS
@@ -234,7 +234,7 @@ def own_block_queries_kernel(
     partial: [kv heads of the pass, entries, HEAD_DIM], read once; dq: every row of the range written once.
     """
     slice_head = tl.program_id(1).to(tl.int64)
-    kv_head = first_kv_head + tl.program_id(1)
+    kv_head = (first_kv_head + tl.program_id(1)).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     taken = row < (end_token - first_token) * GROUP
     token, head = (first_token + row // GROUP).to(tl.int64), kv_head * GROUP + row % GROUP

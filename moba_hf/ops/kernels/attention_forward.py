@@ -44,7 +44,7 @@ def past_block_kernel(
     if bucket < 0:
         return
     begin, end = tl.load(begin_ptr + tile), tl.load(end_ptr + tile)
-    kv_head = first_kv_head + tl.program_id(1)
+    kv_head = (first_kv_head + tl.program_id(1)).to(tl.int64)  # head strides reach past 2³¹
     d = tl.arange(0, WIDTH)
     within = tl.arange(0, KEYS)
     key = (tl.load(block_start_ptr + bucket) + within)[:, None].to(tl.int64)
@@ -94,7 +94,7 @@ def large_past_block_kernel(
     bucket = tl.load(bucket_ptr + tile)
     if bucket < 0:
         return
-    kv_head = first_kv_head + tl.program_id(1)
+    kv_head = (first_kv_head + tl.program_id(1)).to(tl.int64)
     d = tl.arange(0, WIDTH)
     position = tl.load(begin_ptr + tile) + tl.arange(0, ROWS)
     taken = position < tl.load(end_ptr + tile)
@@ -148,7 +148,7 @@ def own_block_merge_kernel(
     heads], natural logarithm. Every row of the range is written once.
     """
     slice_head = tl.program_id(1).to(tl.int64)
-    kv_head = first_kv_head + tl.program_id(1)
+    kv_head = (first_kv_head + tl.program_id(1)).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     taken = row < (end_token - first_token) * GROUP
     token, head = (first_token + row // GROUP).to(tl.int64), kv_head * GROUP + row % GROUP

@@ -15,7 +15,7 @@ def block_means_kernel(
     Program (b, h) owns block b of KV head h. k: [total_k, kv_heads, HEAD_DIM]; block_start: int32 [n_blocks], total_k
     where unused; means: key dtype [n_blocks, kv_heads, HEAD_DIM]. Reads each key once.
     """
-    block, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    block, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     start = tl.load(block_start_ptr + block)
     d = tl.arange(0, WIDTH)
     total = tl.zeros([KEYS, WIDTH], tl.float32)
