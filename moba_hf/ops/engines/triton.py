@@ -1,7 +1,8 @@
 """MoBA in our own fused kernels, for CUDA devices: routing, forward and backward without a host sync.
 
 What the kernels are and how the work is cut: `kernels/`. Temporaries stay within 1 GiB (MOBA_HF_WORKSPACE_MB). With
-torch.use_deterministic_algorithms(True) gradients, too, are bitwise reproducible; outputs always are.
+torch.use_deterministic_algorithms(True) gradients, too, are bitwise reproducible; outputs always are. Triton launches
+on the current device, not the tensors' own, which may differ where layers are spread over GPUs: hence `device_of`.
 """
 
 import importlib.util
@@ -26,8 +27,9 @@ def select(query, key, cu_seqlens_q, cu_seqlens_k, block_size: int, slots: int) 
     from ..kernels.block_gate import select_blocks
 
     query, key = _unit_stride(query, key)
-    layout = _layout(query, key, cu_seqlens_q, cu_seqlens_k, block_size)
-    return select_blocks(query, key, layout, block_size, slots, _forward_settings(query, block_size).gate)
+    with torch.cuda.device_of(query):
+        layout = _layout(query, key, cu_seqlens_q, cu_seqlens_k, block_size)
+        return select_blocks(query, key, layout, block_size, slots, _forward_settings(query, block_size).gate)
 
 
 def forward(query, key, value, selected_blocks, cu_seqlens_q, cu_seqlens_k, block_size, scale):
@@ -35,12 +37,13 @@ def forward(query, key, value, selected_blocks, cu_seqlens_q, cu_seqlens_k, bloc
     from ..kernels.attention_forward import forward_pass
 
     query, key, value = _unit_stride(query, key, value)
-    layout = _layout(query, key, cu_seqlens_q, cu_seqlens_k, block_size)
     settings = _forward_settings(query, block_size)
-    return forward_pass(
-        query, key, value, selected_blocks, layout, block_size, scale, settings,
-        torch.are_deterministic_algorithms_enabled(),
-    )  # fmt: skip
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    with torch.cuda.device_of(query):
+        layout = _layout(query, key, cu_seqlens_q, cu_seqlens_k, block_size)
+        return forward_pass(
+            query, key, value, selected_blocks, layout, block_size, scale, settings, deterministic
+        )  # fmt: skip
 
 
 def backward(
@@ -51,12 +54,14 @@ def backward(
     from ..kernels.backward_settings import backward_settings
 
     query, key, value = _unit_stride(query, key, value)
-    layout = _layout(query, key, cu_seqlens_q, cu_seqlens_k, block_size)
     settings = backward_settings(_capability(query), query.dtype, query.shape[2], block_size)
-    return backward_pass(
-        grad_output, query, key, value, output, lse, selected_blocks, layout, block_size, scale, settings,
-        torch.are_deterministic_algorithms_enabled(),
-    )  # fmt: skip
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    with torch.cuda.device_of(query):
+        layout = _layout(query, key, cu_seqlens_q, cu_seqlens_k, block_size)
+        return backward_pass(
+            grad_output, query, key, value, output, lse, selected_blocks, layout, block_size, scale, settings,
+            deterministic,
+        )  # fmt: skip
 
 
 def _layout(query, key, cu_seqlens_q, cu_seqlens_k, block_size) -> BlockLayout:
