@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
-_SHARED_KB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
+SHARED_KB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
 _LARGEST_FUSED_BLOCK = 128  # beyond it, one tile of keys no longer is a block, and dQ has a kernel of its own
 _ROWS_PER_PROGRAM = 4096  # an attention sink sends every row to one block: the bucket is split over programs
 
@@ -47,7 +47,7 @@ def backward_settings(
     """The table: by what a GPU of this compute capability can hold on chip, the width of a row, and the block."""
     width = max(16, triton.next_power_of_2(head_dim))
     row_bytes = width * dtype.itemsize
-    shared = _SHARED_KB.get(capability, 99)
+    shared = SHARED_KB.get(capability, 99)
     if dtype == torch.float32:  # plain FMA in float32: small tiles, whatever the GPU
         size = 32 if width <= 128 else 16
         tile = Tile(size, size, 4, 1)

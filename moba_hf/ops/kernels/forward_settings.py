@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from .backward_settings import Tile
+from .backward_settings import SHARED_KB, Tile
 
 _LARGEST_STATIONARY_BLOCK = 128  # K and V of one block stay on chip: 64 KB at head_dim 128 in bf16
 _ROWS_PER_PROGRAM = 1024  # entries of one bucket that one program of the stationary kernel takes
@@ -34,7 +34,7 @@ def forward_settings(
     whole = max(16, triton.next_power_of_2(block_size))
     if dtype == torch.float32:  # plain FMA: small tiles
         gate, past, own = Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)
-    elif capability < (9, 0):
+    elif SHARED_KB.get(capability, 99) < 227:  # sm_80 to sm_89, and consumer Blackwell (sm_120)
         gate = Tile(64, 64, 4, 1) if width <= 128 else Tile(32, 32, 4, 1)
         past = own = Tile(64, 64, 4, 2) if width <= 128 else Tile(32, 32, 4, 1)
     elif width <= 128:  # the fastest of six settings each on an H100, head_dim 128: docs/kernels.md
