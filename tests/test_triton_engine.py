@@ -200,3 +200,13 @@ def test_nothing_waits_for_the_device(deterministic):
             triton.backward(output, query, key, value, output, lse, selected, *where, 0.25)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@inside
+@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.float64, 64), (torch.bfloat16, 257)])
+def test_what_the_kernels_cannot_hold(dtype, head_dim):
+    """Refused when asked for, and not what "auto" takes."""
+    with pytest.raises(RuntimeError, match="blockwise"):
+        engines.choose("triton", "cuda", dtype, 512, head_dim)
+    assert engines.choose("auto", "cuda", dtype, 512, head_dim) != "triton"
+    assert engines.choose("auto", "cuda", torch.bfloat16, 512, 256) in ("triton", "flash")

@@ -54,6 +54,15 @@ def _unavailable(name: str) -> str | None:
         return f"cannot be imported: {error}"
 
 
+def _unsupported(name: str, device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the engine cannot take these tensors here; the engines in plain PyTorch take all of them."""
+    try:
+        engine = load(name)
+    except ImportError as error:
+        return f"cannot be imported: {error}"
+    return engine.unsupported(device, dtype, head_dim) if hasattr(engine, "unsupported") else engine.unavailable()
+
+
 @torch.compiler.assume_constant_result  # a compiled graph keeps the choice made while tracing
 def choose(engine: str, device: str, dtype: torch.dtype, block_size: int, head_dim: int) -> str:
     """Resolve `engine` for tensors of this kind on a device of this type; raises where the engine asked for cannot run.
@@ -65,15 +74,10 @@ def choose(engine: str, device: str, dtype: torch.dtype, block_size: int, head_d
         if device != "cuda":
             return automatic(device, None, False, block_size)
         flash = load("flash").provider_name(device, dtype, head_dim)
-        return automatic(device, flash, _unavailable("triton") is None, block_size)
+        return automatic(device, flash, _unsupported("triton", device, dtype, head_dim) is None, block_size)
     if engine not in NAMES:
         raise ValueError(f"engine={engine!r} is unknown; choose one of {('auto', *NAMES)}")
-    if engine == "flash":
-        reason = load(engine).unsupported(device, dtype, head_dim)
-    else:
-        reason = _unavailable(engine)
-    if reason is None and engine == "triton" and device != "cuda":
-        reason = f"its kernels need a CUDA device and the tensors are on {device!r}" if not _interpreted() else None
+    reason = _unsupported(engine, device, dtype, head_dim)
     if reason is not None:
         raise RuntimeError(f"engine={engine!r} cannot run: {reason}")
     return engine
@@ -107,9 +111,3 @@ def automatic(device: str, flash: str | None, triton: bool, block_size: int) -> 
     if triton:
         return "triton"
     return "flash" if flash else "blockwise"
-
-
-def _interpreted() -> bool:
-    import os
-
-    return os.environ.get("TRITON_INTERPRET") == "1"

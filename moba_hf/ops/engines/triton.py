@@ -12,6 +12,8 @@ import torch
 
 from ..blocks import BlockLayout
 
+_WIDEST = 256
+
 
 def unavailable() -> str | None:
     """Why the engine cannot run here, with the remedy; None when it can."""
@@ -20,6 +22,18 @@ def unavailable() -> str | None:
     if not torch.cuda.is_available() and not _interpreted():
         return "it needs a CUDA device (or TRITON_INTERPRET=1, Triton's slow interpreter, for tests)"
     return None
+
+
+def unsupported(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the engine cannot take tensors of this kind; None when it can."""
+    reason = unavailable()
+    if reason is None and device != "cuda" and not _interpreted():
+        reason = f"its kernels need a CUDA device and the tensors are on {device!r}"
+    if reason is None and dtype == torch.float64:
+        reason = "its kernels accumulate in float32 and the tensors are float64; engine='blockwise' takes them"
+    if reason is None and head_dim > _WIDEST:
+        reason = f"its tiles hold at most head_dim {_WIDEST}, but it was {head_dim}; engine='blockwise' takes it"
+    return reason
 
 
 def select(query, key, cu_seqlens_q, cu_seqlens_k, block_size: int, slots: int) -> torch.Tensor:
