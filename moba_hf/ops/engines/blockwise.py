@@ -31,7 +31,7 @@ def forward(query, key, value, selected_blocks, cu_seqlens_q, cu_seqlens_k, bloc
         tile_output, tile_lse = tile_forward(_take(flat_query, rows[None]), k, v, scale)
         rows_output, rows_lse = output.index_select(0, rows), lse.index_select(0, rows)
         merge(rows_output, rows_lse, tile_output[0, 0], tile_lse[0, 0])
-        output.index_copy_(0, rows, rows_output)
+        _in_large_elements(output).index_copy_(0, rows, _in_large_elements(rows_output))
         lse.index_copy_(0, rows, rows_lse)
     return result.output.to(query.dtype), result.lse
 
@@ -75,6 +75,15 @@ class _Gathered(NamedTuple):
 def _take(states, pieces):
     """Rows of [total_q · heads, head_dim] as [pieces, 1, rows, head_dim]; pieces: int64 [pieces, rows]."""
     return states.index_select(0, pieces.flatten()).unflatten(0, pieces.shape)[:, None]
+
+
+def _in_large_elements(rows: torch.Tensor) -> torch.Tensor:
+    """The same memory in elements of 16 bytes, where that divides a row: [rows, fewer] for contiguous [rows, head_dim].
+
+    The CPU's index_copy_ moves one element at a time: 0.22 instead of 0.38 ms for 4600 rows of 64 floats.
+    """
+    fits = rows.device.type == "cpu" and rows.shape[1] * rows.element_size() % 16 == 0
+    return rows.view(torch.complex128) if fits else rows
 
 
 def _pieces(rows: torch.Tensor) -> torch.Tensor:
