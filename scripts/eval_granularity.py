@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> dict:
     measured = position_loss.measure(model, sequences, modes)
     total = len(sequences) * len(modes)
     losses = position_loss.collect(tqdm(measured, total=total, desc="Granularity", unit="forward"))
-    return report(losses, short, describe(model, model_args.model_name_or_path), args)
+    return report(losses, short, describe(model, model_args.model_name_or_path, args), args)
 
 
 def report(
@@ -91,7 +91,7 @@ def report(
     number = losses["full"].by_token.shape[0]
     summaries = {name: loss.summary(args.trailing_tokens) for name, loss in losses.items()}
     result = {
-        "settings": {**settings, **vars(args)},
+        "settings": settings,
         "sequences": number,
         "documents_too_short": short,
         "sparsity": {text: 1 - taken / blocks for text, (taken, blocks) in zip(args.splits, args.pairs, strict=True)},
@@ -104,7 +104,7 @@ def report(
         {key: [summaries[text][key] for text in args.splits] for key in ("mean", "trailing")},
         summaries["full"],
         trailing_tokens=args.trailing_tokens,
-        title=f"Granularity, {number} documents of {args.length} tokens ({settings['model']})",
+        title=f"Granularity, {number} sequences of {args.length} tokens ({settings['model']})",
     )
     save(figure, folder / "granularity.png")
     print(f"{'blocks':<8}{'mean':>8}{'last ' + str(args.trailing_tokens):>12}")

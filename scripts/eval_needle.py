@@ -15,7 +15,7 @@ The haystack is a .txt or .md file, a folder of them, or pydoc: Python's own man
 short for a length. Like every script here it also takes --config FILE.yaml with any of the arguments below.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -52,6 +52,10 @@ class NeedleArguments:
     output_dir: str = field(default="runs/needle", metadata={"help": "Folder of the results."})
 
 
+# Cells of other lengths and depths, and more of them, may join the same log.
+_NOT_IN_A_CELL = ("lengths", "depths", "samples", "batch_size", "prefill_chunk_size", "output_dir")
+
+
 def main(argv: list[str] | None = None) -> dict:
     """Run the grid; returns the report."""
     model_args, args = parse((ModelArguments, NeedleArguments), argv, description=__doc__)
@@ -65,12 +69,12 @@ def main(argv: list[str] | None = None) -> dict:
         moba=model_args.moba,
     )
     haystack = needle.Haystack(tokenizer, text)
-    settings = {**describe(model, model_args.model_name_or_path), **asdict(grid), "haystack": args.haystack}
+    settings = describe(model, model_args.model_name_or_path, args, leave_out=_NOT_IN_A_CELL)
     folder = Path(args.output_dir)
     log = ResultLog(folder / "cells.jsonl", settings)
     modes = side_by_side(model_args.dense_attention)
-    total = len(modes) * sum(1 for _ in grid.cells())
-    with tqdm(total=total, initial=len(log.results), desc="Needles", unit="cell") as bar:
+    done = len(asked_for(log.results, grid))
+    with tqdm(total=len(modes) * len(list(grid.cells())), initial=done, desc="Needles", unit="cell") as bar:
         for added in needle.run(
             model,
             haystack,
@@ -81,7 +85,13 @@ def main(argv: list[str] | None = None) -> dict:
             prefill_chunk_size=args.prefill_chunk_size,
         ):
             bar.update(added)
-    return report(folder, settings, haystack, grid, log.results, [mode.name for mode in modes])
+    return report(folder, settings, haystack, grid, asked_for(log.results, grid), [mode.name for mode in modes])
+
+
+def asked_for(results: list[dict], grid: needle.Grid) -> list[dict]:
+    """Those of this grid: the log may hold more, of runs before."""
+    cells = set(grid.cells())
+    return [r for r in results if (r["length"], r["depth"], r["sample"]) in cells]
 
 
 def report(folder: Path, settings: dict, haystack: needle.Haystack, grid: needle.Grid, results, modes) -> dict:
@@ -90,6 +100,9 @@ def report(folder: Path, settings: dict, haystack: needle.Haystack, grid: needle
     found = {mode: sum(map(sum, table)) / len(grid.depths) / len(grid.lengths) for mode, table in tables.items()}
     result = {
         "settings": settings,
+        "lengths": grid.lengths,
+        "depths": grid.depths,
+        "samples": grid.samples,
         "haystack_tokens": haystack.tokens,
         "found": found,
         "tables": tables,

@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> dict:
     measured = position_loss.measure(model, sequences, modes)
     total = len(sequences) * len(modes)
     losses = position_loss.collect(tqdm(measured, total=total, desc="Position loss", unit="forward"))
-    return report(losses, short, describe(model, model_args.model_name_or_path), args)
+    return report(losses, short, describe(model, model_args.model_name_or_path, args), args)
 
 
 def report(
@@ -86,7 +86,7 @@ def report(
     folder = Path(args.output_dir)
     number = losses["full"].by_token.shape[0]
     result = {
-        "settings": {**settings, **vars(args)},
+        "settings": settings,
         "sequences": number,
         "documents_too_short": short,
         "loss": {mode: loss.summary(args.trailing_tokens) for mode, loss in losses.items()},
@@ -96,7 +96,7 @@ def report(
     write_json(folder / "position_loss.json", result)
     layers = ", ".join(map(str, args.hybrid_layers))
     names = {"full": "full attention", "moba": "MoBA", "hybrid": f"MoBA, layers {layers} full"}
-    title = f"Loss by position, {number} documents of {args.length} tokens ({settings['model']})"
+    title = f"Loss by position, {number} sequences of {args.length} tokens ({settings['model']})"
     save(position_figure(result["by_position"], args.window, names=names, title=title), folder / "position_loss.png")
     print(f"{'':<8}{'mean':>8}{'last ' + str(args.trailing_tokens):>12}")
     for mode, loss in result["loss"].items():

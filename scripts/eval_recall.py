@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> dict:
     rows = tqdm(sequences, desc="Recall", unit="sequence")
     measured = [recall.measure(model, row[None], settings_of(model), args.queries) for row in rows]
     layers = recall.average(measured)
-    return report(layers, len(measured), describe(model, model_args.model_name_or_path), args)
+    return report(layers, len(measured), describe(model, model_args.model_name_or_path, args), args)
 
 
 def report(layers: dict[int, recall.Mass], number: int, settings: dict, args: RecallArguments) -> dict:
@@ -69,7 +69,7 @@ def report(layers: dict[int, recall.Mass], number: int, settings: dict, args: Re
     folder = Path(args.output_dir)
     suggestion = recall.suggest(layers, args.suggest)
     result = {
-        "settings": {**settings, **asdict(args)},
+        "settings": settings,
         "sequences": number,
         "suggestion": asdict(suggestion),
         "mean": {name: torch.stack([getattr(m, name) for m in layers.values()]).mean().item() for name in _KINDS},

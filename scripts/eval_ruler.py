@@ -15,7 +15,7 @@ The wording of the prompts is ours; `moba-hf lm-eval --tasks ruler` has the benc
 also takes --config FILE.yaml with any of the arguments below.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -57,6 +57,10 @@ class RulerArguments:
             raise ValueError(f"samples and lengths must be at least 1, but were {self.samples} and {self.lengths}")
 
 
+# Samples of other tasks and lengths, and more of them, may join the same log.
+_NOT_IN_A_SAMPLE = ("lengths", "tasks", "samples", "batch_size", "prefill_chunk_size", "output_dir")
+
+
 def main(argv: list[str] | None = None) -> dict:
     """Run the tasks; returns the report."""
     model_args, args = parse((ModelArguments, RulerArguments), argv, description=__doc__)
@@ -76,18 +80,23 @@ def main(argv: list[str] | None = None) -> dict:
         dtype=model_args.dtype,
         moba=model_args.moba,
     )
-    sources = {name: value for name, value in asdict(args).items() if name in ("essays", "squad", "hotpotqa", "words")}
-    settings = {**describe(model, model_args.model_name_or_path), "seed": args.seed, **sources}
+    settings = describe(model, model_args.model_name_or_path, args, leave_out=_NOT_IN_A_SAMPLE)
     folder = Path(args.output_dir)
     log = ResultLog(folder / "samples.jsonl", settings)
     run(model, ruler.Writer(tokenizer, material, args.seed), tasks, args, log, model_args)
-    return report(folder, settings, tasks, not_run, args, log.results)
+    return report(folder, settings, tasks, not_run, args, asked_for(log.results, tasks, args))
+
+
+def asked_for(results: list[dict], tasks, args: RulerArguments) -> list[dict]:
+    """Those of this run: the log may hold more, of runs before."""
+    names = [task.name for task in tasks]
+    return [r for r in results if r["task"] in names and r["length"] in args.lengths and r["sample"] < args.samples]
 
 
 def run(model, writer: ruler.Writer, tasks, args: RulerArguments, log: ResultLog, model_args: ModelArguments) -> None:
     modes = side_by_side(model_args.dense_attention)
     total = len(tasks) * len(args.lengths) * len(modes) * args.samples
-    done = sum(r["task"] in [t.name for t in tasks] and r["length"] in args.lengths for r in log.results)
+    done = len(asked_for(log.results, tasks, args))
     with tqdm(total=total, initial=done, desc="RULER", unit="sample") as bar:
         for added in ruler.run(
             model,

@@ -11,7 +11,7 @@ from moba_hf import cli
 from moba_hf.evaluation import needle, ruler
 from moba_hf.evaluation.ruler import words_of
 
-MOBA = {"block_size": 16, "top_k": 3}
+MOBA = {"block_size": 32, "top_k": 2}
 PROSE = "The cat sat on the mat. It saw a dog, and the dog ran to the gate! Where did it go? Nobody knows. "
 
 
@@ -66,6 +66,7 @@ def test_needle(material, arguments, tmp_path, monkeypatch):
     assert report["found"] == {"full": 0.0, "moba": 0.0} and report["haystack_tokens"] == 1306
     assert (tmp_path / "out" / "needle.png").stat().st_size > 5000
     assert script.main(line)["cells"] == report["cells"] and len(asked) == 8
+    assert len(script.main([*line, "--depths", "0", "25"])["cells"]) == 8 and len(asked) == 12  # a new depth joins
     with pytest.raises(ValueError, match="seed was 0 and now is 1"):
         script.main([*line, "--seed", "1"])
 
@@ -93,14 +94,14 @@ def test_ruler(material, arguments, tmp_path, capsys, monkeypatch):
         return original(*given, max_new_tokens=2, **options)
 
     monkeypatch.setattr(ruler, "continuations", short)
-    words = ["--words", str(material / "words.txt"), "--lengths", "2000", "--samples", "2", "--batch_size", "2"]
+    words = ["--words", str(material / "words.txt"), "--lengths", "2000", "--samples", "1"]
     report = script.main(arguments(*words, "--tasks", "all"))
     said = capsys.readouterr().out
     assert sorted(report["not_run"]) == sorted(
         ["niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multivalue", "niah_multiquery", "qa_1", "qa_2"]
     )
     assert all(f"Not run: {name}, which needs" in said for name in report["not_run"])
-    assert len(report["answers"]) == 6 * 2 * 2
+    assert len(report["answers"]) == 6 * 2
     assert asked == [128] * 6 + [30] * 2 + [120] * 2 + [50] * 2  # three needle tasks, vt, cwe, fwe, in both modes
     assert all(a["tokens"] + report["tasks"][a["task"]]["new_tokens"] <= 2000 for a in report["answers"])
     assert set(report["scores"]) == {"full", "moba"} and report["tasks"]["vt"] == {
@@ -154,7 +155,7 @@ def test_recall(material, arguments, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "Suggested full_attention_layers: [" in said and "lowest mean recall over heads" in said
     assert (tmp_path / "out" / "recall.png").stat().st_size > 5000
-    with pytest.raises(ValueError, match="= 48 covers all 12 tokens"):
+    with pytest.raises(ValueError, match="= 64 covers all 12 tokens"):
         script.main(arguments("--dataset", str(material / "text"), "--length", "12"))
 
 

@@ -1,5 +1,8 @@
 """Loading a checkpoint to be evaluated; what cannot be evaluated is refused before anything is loaded."""
 
+from collections.abc import Sequence
+from dataclasses import asdict
+
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedConfig, PreTrainedModel
@@ -65,8 +68,9 @@ def load(
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
-def describe(model: PreTrainedModel, name: str) -> dict:
-    """What was measured, for the record: the model, its MoBA settings, whether it was trained with them, versions."""
+def describe(model: PreTrainedModel, name: str, arguments: object, leave_out: Sequence[str] = ("output_dir",)) -> dict:
+    """What was measured, for the record: the model, its MoBA settings, whether it was trained with them, versions, and
+    the script's arguments (a dataclass) but for those that change nothing in a result."""
     config = model.config.get_text_config(decoder=True)
     return {
         "model": name,
@@ -76,4 +80,5 @@ def describe(model: PreTrainedModel, name: str) -> dict:
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        **{name: value for name, value in asdict(arguments).items() if name not in leave_out},
     }

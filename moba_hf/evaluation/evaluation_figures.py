@@ -31,16 +31,17 @@ def needle_figure(
     *,
     title: str = "",
 ) -> Figure:
-    """Length × depth grids side by side, red (not found) to green (found) as in the paper.
+    """Length × depth grids, red (not found) to green (found) as in the paper; side by side, or wide ones stacked.
 
     Args:
         tables: mode → mean score, 0 … 1, [depth][length]; None where nothing was measured.
         lengths: tokens of the columns. depths: percent of the rows.
     """
     with matplotlib.rc_context(_HEAT):
-        width = max(3.2, 0.36 * len(lengths) + 1)
-        figure = Figure(figsize=(width * len(tables) + 0.8, max(2.6, 0.28 * len(depths) + 1.6)))
-        panels = figure.subplots(1, len(tables), sharey=True, squeeze=False)[0]
+        width, height = max(3.2, 0.36 * len(lengths) + 1), max(2.6, 0.28 * len(depths) + 1.6)
+        shape = (1, len(tables)) if len(lengths) <= 16 else (len(tables), 1)
+        figure = Figure(figsize=(width * shape[1] + 0.8, height * shape[0]))
+        panels = figure.subplots(*shape, sharex=True, sharey=True, squeeze=False).flatten()
         for panel, (mode, table) in zip(panels, tables.items(), strict=True):
             values = np.array([[np.nan if v is None else 100 * v for v in row] for row in table])
             image = panel.imshow(values, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
@@ -48,8 +49,9 @@ def needle_figure(
             panel.set_xticks(range(len(lengths)), [_thousands(n) for n in lengths], rotation=90)
             panel.set_yticks(range(len(depths)), [f"{depth} %" for depth in depths])
             found = f"{np.nanmean(values):.0f} % found" if np.isfinite(values).any() else "not measured"
-            panel.set(title=f"{_NAMES.get(mode, mode)}: {found}", xlabel="tokens")
-        panels[0].set_ylabel("depth of the needle")
+            panel.set(title=f"{_NAMES[mode]}: {found}", xlabel="tokens")
+            panel.set_ylabel("depth of the needle")
+            panel.label_outer()
         figure.colorbar(image, ax=panels, label="found (%)", shrink=0.9)
         figure.suptitle(title, fontsize=12)
         return figure
@@ -182,7 +184,7 @@ def _recall_means(panel, layers: Mapping[int, Mass], numbers: Sequence[int]) -> 
 
 def _write_values(panel, values: np.ndarray, *, dark) -> None:
     """The value in every cell; white where `dark` says that the cell is."""
-    size = 8 if values.shape[1] <= 16 else 5
+    size = 8 if values.shape[1] <= 16 else 6
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
             color = "white" if dark(value) else "black"
