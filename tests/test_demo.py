@@ -179,7 +179,10 @@ def test_missing_config_file(script):
         script.main(["--config", "nowhere.yaml"])
 
 
-@pytest.mark.parametrize("path", sorted((SCRIPT.parent.parent / "configs").rglob("*.yaml")), ids=lambda p: p.name)
+TRAINING = [p for p in (SCRIPT.parent.parent / "configs").rglob("*.yaml") if "evaluation" not in p.name]
+
+
+@pytest.mark.parametrize("path", sorted(TRAINING), ids=lambda p: p.name)
 def test_every_config_parses(script, path):
     cpu = ["--use_cpu", "true", "--bf16", "false", "--use_liger_kernel", "false", "--report_to", "none"]
     model, data, training = script.parse(
