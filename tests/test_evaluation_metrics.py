@@ -186,6 +186,9 @@ def test_recall_in_ranges_and_refusals(monkeypatch):
         recall.measure(model, tokens(1, 12), settings)
     with pytest.raises(ValueError, match="one sequence"):
         recall.measure(model, tokens(2, 40), settings)
+    sliding = tiny_model("mistral", sliding_window=8)  # its layers keep their own attention
+    with pytest.raises(ValueError, match="no layer of plain causal attention"):
+        recall.measure(sliding, tokens(1, 40), settings)
 
 
 def test_suggestion_and_average():

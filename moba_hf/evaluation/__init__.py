@@ -1,1 +1,1 @@
-"""What MoBA does inside a trained model: routing and figures."""
+"""What MoBA does to a trained model: loss, retrieval, routing, recall; and the figures of it."""

@@ -56,7 +56,7 @@ def measure(
         Layer number → Mass.
 
     Raises:
-        ValueError: the document is so short that MoBA would see all of it.
+        ValueError: the document is so short that MoBA would see all of it, or no layer could be measured.
     """
     sight = settings.block_size * settings.top_k
     length = input_ids.shape[1]
@@ -79,6 +79,8 @@ def measure(
     finally:
         for hook in hooks:
             hook.remove()
+    if not look.layers:
+        raise ValueError("the model has no layer of plain causal attention that scaled_dot_product_attention computes")
     return look.layers
 
 
