@@ -7,9 +7,10 @@
 
 Every round times each contender once, so that a busy machine slows all of them alike; the table has medians over the
 rounds, and the ratio is the median of the rounds' ratios. Forward includes routing. On CUDA by events over inputs that
-rotate, on a CPU by the wall clock. Peak memory is measured once, in a process of its own on a CPU (resident set, the
-inputs' part taken off) and by the allocator on CUDA. The FLOP bound is what MoBA would gain if it ran its fewer
-operations as fast as dense attention runs its own.
+rotate, on a CPU by the wall clock; there the ratio of the process's CPU time is given too: other work on the machine
+hardly moves it, but it does not see threads that wait for each other. Peak memory is measured once, in a process of its
+own on a CPU (resident set, the inputs' part taken off) and by the allocator on CUDA. The FLOP bound is what MoBA would
+gain if it ran its fewer operations as fast as dense attention runs its own.
 """
 
 import argparse
@@ -26,8 +27,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import moba_hf
 
-DENSE = "dense"
-COLUMNS = ("length", "contender", "forward_s", "both_s", "forward_ratio", "both_ratio", "peak_mb", "flop_bound")
+DENSE, NAN = "dense", float("nan")
+KINDS = ("forward", "forward_cpu", "both", "both_cpu")
+COLUMNS = ("length", "contender", "forward_s", "both_s", "forward_ratio", "both_ratio", "forward_cpu_ratio",
+           "both_cpu_ratio", "peak_mb", "flop_bound")  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
@@ -73,21 +76,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def compare(options, length: int) -> list[dict]:
     """One row per contender at this length."""
     contenders = [DENSE, *options.engines]
-    times: dict[str, dict[str, list[float]]] = {name: {"forward": [], "both": []} for name in contenders}
+    times: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in KINDS} for name in contenders}
     sets = [states(options, length, seed) for seed in range(2)]
     for round_ in range(-1, options.rounds):  # round −1 warms up
         for name in contenders:
             inputs = sets[round_ % 2]
             with torch.no_grad():
                 forward = clock(options, lambda n=name, x=inputs: attend(options, n, *x[:3]))
-            both = float("nan") if options.no_backward else clock(options, lambda n=name, x=inputs: step(options, n, x))
+            both = (NAN, NAN) if options.no_backward else clock(options, lambda n=name, x=inputs: step(options, n, x))
             if round_ >= 0:
-                times[name]["forward"].append(forward)
-                times[name]["both"].append(both)
+                for kind, seconds in zip(KINDS, (*forward, *both)):
+                    times[name][kind].append(seconds)
     rows = []
     for name in contenders:
         row = {"length": length, "contender": name, "flop_bound": flop_bound(options, length)}
-        for kind in ("forward", "both"):
+        for kind in KINDS:
             row[f"{kind}_s"] = statistics.median(times[name][kind])
             row[f"{kind}_spread_s"] = max(times[name][kind]) - min(times[name][kind])
             pairs = zip(times[DENSE][kind], times[name][kind])
@@ -125,18 +128,18 @@ def step(options, name: str, inputs) -> None:
     torch.autograd.grad(attend(options, name, *leaves), leaves, grad)
 
 
-def clock(options, run) -> float:
-    """Seconds of one call."""
+def clock(options, run) -> tuple[float, float]:
+    """Seconds of one call: by the clock, and of CPU time in all threads (NaN on CUDA)."""
     if options.device == "cpu":
-        start = time.perf_counter()
+        start = time.perf_counter(), time.process_time()
         run()
-        return time.perf_counter() - start
+        return time.perf_counter() - start[0], time.process_time() - start[1]
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     run()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return start.elapsed_time(end) / 1e3, NAN
 
 
 def flop_bound(options, length: int) -> float:
@@ -195,13 +198,15 @@ def _resident_kb(field: str) -> int:
 
 def table(rows: list[dict]) -> str:
     """Markdown; the ratio is dense time over this contender's."""
-    lines = ["| tokens | attention | forward, s | ratio | forward + backward, s | ratio | FLOP bound | peak, MiB |"]
-    lines.append("|---" * 8 + "|")
+    columns = "tokens|attention|forward, s|ratio|(CPU time)|both, s|ratio|(CPU time)|FLOP bound|peak, MiB".split("|")
+    lines = ["| " + " | ".join(columns) + " |"]
+    lines.append("|---" * 10 + "|")
     for r in rows:
         bound = "" if r["contender"] == DENSE else f"{r['flop_bound']:.2f}"
         lines.append(
-            f"| {r['length']} | {r['contender']} | {r['forward_s']:.4g} | {r['forward_ratio']:.2f} | "
-            f"{r['both_s']:.4g} | {r['both_ratio']:.2f} | {bound} | {r['peak_mb']:.0f} |"
+            f"| {r['length']} | {r['contender']} | "
+            f"{r['forward_s']:.4g} | {r['forward_ratio']:.2f} | {r['forward_cpu_ratio']:.2f} | "
+            f"{r['both_s']:.4g} | {r['both_ratio']:.2f} | {r['both_cpu_ratio']:.2f} | {bound} | {r['peak_mb']:.0f} |"
         )
     return "\n".join(lines)
 
