@@ -8,7 +8,9 @@ The engine itself runs, on tensors without data, and its launches are recorded i
 would have been launched, with the same sizes, strides and settings. A host sync would fail here, there is no data to
 wait for. Gates: shared memory within the GPU's limit; at most 512 columns of tensor memory and a kernel that stores
 something (Triton compiles a kernel that needs more columns to an empty one without an error); matrix instructions
-wherever the source multiplies 16-bit matrices; no register spilled on sm_90 up to head_dim 128.
+wherever the source multiplies 16-bit matrices; at most 32 registers spilled there on sm_90 up to head_dim 128. Not
+none: the settings were chosen by time on an H100, where the fastest spill a few; a tile that is too large spills
+hundreds. float32, which is there for checks, is multiplied without matrix instructions, and spills.
 """
 
 import argparse
@@ -37,6 +39,7 @@ from moba_hf.ops import engines
 DOCUMENT = Path(__file__).parents[1] / "docs" / "kernels.md"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may have
+MOST_SPILLED = 32  # registers of a thread
 MATRIX = {80: "HMMA", 86: "HMMA", 90: "HGMMA|HMMA", 100: r"UTC\w*MMA|HMMA"}  # the name in SASS
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 
@@ -174,7 +177,8 @@ def find_problems(launch: Launch, compiled: Compiled, code: str, multiplies: boo
         yield "stores nothing"
     if multiplies and case.dtype != torch.float32 and not compiled.matrix:
         yield "no matrix instruction"
-    if compiled.spilled and case.arch == 90 and case.head_dim <= 128:
+    small = case.arch == 90 and case.head_dim <= 128 and case.dtype != torch.float32
+    if small and compiled.spilled > MOST_SPILLED:
         yield f"{compiled.spilled} registers spilled"
 
 

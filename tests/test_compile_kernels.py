@@ -1,0 +1,23 @@
+"""A subset of `make compile-kernels`: every kernel at head_dim 128, block 128, for sm_90 and sm_100, without a GPU.
+
+In a process of its own: the script needs the compiler, and other tests may have chosen Triton's interpreter.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+SCRIPT = Path(__file__).parents[1] / "scripts" / "compile_kernels.py"
+
+
+@pytest.mark.timeout(600)
+def test_kernels_compile_within_their_gates():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, SCRIPT, "--quick"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    for kernel in ("gate_kernel", "past_block_kernel", "own_block_merge_kernel", "past_block_keys_kernel"):
+        assert done.stdout.count(f"| {kernel} | bf16 d128 B128 |") == 2, done.stdout
