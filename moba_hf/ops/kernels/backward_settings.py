@@ -57,9 +57,9 @@ def backward_settings(
     if width <= 64:
         return _settings(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), block_size)
     if width <= 128:  # the fastest of six and more settings each on an H100: docs/kernels.md
-        # three stages need 576 columns of tensor memory on sm_100, which has 512
-        three = capability[0] == 9 and block_size <= _LARGEST_FUSED_BLOCK
-        past_keys = Tile(64, 128, 8, 3 if three else 2)
+        past_keys = Tile(64, 128, 8, 3 if block_size <= _LARGEST_FUSED_BLOCK else 2)
+        if capability[0] > 9 and block_size <= _LARGEST_FUSED_BLOCK:
+            past_keys = Tile(64, 64, 8, 2)  # five matmuls with 128 keys need 576 columns of tensor memory, of 512
         return _settings(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), past_keys, Tile(128, 32, 8, 2), block_size)
     return _settings(Tile(32, 64, 8, 1), Tile(64, 32, 8, 2), Tile(32, 64, 8, 1), Tile(64, 32, 8, 2), block_size)
 
