@@ -137,9 +137,9 @@ def granularity_figure(
             panel.plot(range(len(splits)), losses[key], **_LINES["moba"], label="MoBA")
             panel.axhline(full[key], color=FULL, label="full attention")
             for i, loss in enumerate(losses[key]):
-                panel.annotate(f"{loss:.3f}", (i, loss), (0, 7), textcoords="offset points", ha="center", fontsize=9)
+                panel.annotate(f"{loss:.3f}", (i, loss), (3, 5), textcoords="offset points", fontsize=9)
             panel.set_xticks(range(len(splits)), [f"{taken}/{all_}" for taken, all_ in splits])
-            panel.margins(x=0.12, y=0.18)
+            panel.margins(x=0.16, y=0.18)
             panel.set(title=name, xlabel="blocks taken / blocks in the sequence", ylabel="loss (nats per token)")
         figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=2)
         figure.suptitle(title, fontsize=12)
