@@ -8,7 +8,9 @@ import torch
 
 from .blocks import Span, sequence_spans
 
-_RANGE_BYTES = 4 << 20  # gate scores held at a time; 7 to 13 % less CPU time than at 32 MB for 16K and 32K tokens
+# Gate scores held at a time. CPU time beside 32 MB, least of 5: 32K tokens, block 512: −7 %; 16K, block 128: −13 %;
+# 16K, block 64: −1 %; 4K, block 128: +10 % (2 ms).
+_RANGE_BYTES = 4 << 20
 
 
 def block_means(key: torch.Tensor, block_size: int) -> torch.Tensor:
