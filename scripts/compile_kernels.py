@@ -236,8 +236,13 @@ def main() -> int:
     for launch in (launch for case in cases(arguments) for launch in record(case)):
         launches.setdefault(launch.key, launch)
     chosen = [launch for launch in launches.values() if arguments.only in launch.name]
+    results = []
     with ProcessPoolExecutor(arguments.jobs) as pool:
-        results = list(zip(chosen, pool.map(compile_launch, chosen)))
+        for launch, compiled in zip(chosen, pool.map(compile_launch, chosen)):
+            results.append((launch, compiled))
+            if compiled.problems:
+                where = f"sm_{launch.case.arch} {launch.case} {launch.name}"
+                print(f"{len(results)} of {len(chosen)}: {where}: {'; '.join(compiled.problems)}", file=sys.stderr)
     tables = {}
     for arch in sorted({launch.case.arch for launch in chosen}):
         tables[arch] = table(arch, [pair for pair in results if pair[0].case.arch == arch])
