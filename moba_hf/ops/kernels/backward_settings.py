@@ -67,7 +67,7 @@ def backward_settings(
 def _ampere(row_bytes: int, shared: int, block_size: int) -> BackwardSettings:
     """mma.sync holds its operands in registers as well: half the keys of a Hopper tile, at most one stage of loads."""
     if row_bytes <= 128:
-        keys, queries = Tile(64, 64, 4, 2 if shared > 99 else 1), Tile(64, 64, 4, 2)
+        keys, queries = Tile(32, 64, 4, 1), Tile(32, 64, 4, 2)  # 64 rows: 32 registers and 900 spilled on sm_80
     elif row_bytes <= 256:
         keys, queries = Tile(32, 64, 8, 2 if shared > 99 else 1), Tile(64, 32, 4, 2)
     else:
