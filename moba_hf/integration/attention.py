@@ -7,8 +7,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging
 
 from ..config import MobaConfig
-from ..ops import dense_attention, moba_attention
-from .sequences import find_sequences, whole_rows
+from ..ops import cached_attention, dense_attention, moba_attention
+from .sequences import find_cached_rows, find_sequences, whole_rows
 
 logger = logging.get_logger(__name__)
 
@@ -42,6 +42,9 @@ def moba_attention_forward(module, query, key, value, attention_mask, dropout=0.
     dense = _is_dense(module, settings, q_len, kv_len)
     if q_len == 1 and dense:
         return _decode(module, query, key, value, attention_mask, scaling)
+    if not dense and (rows := _rows_with_means(query, key, attention_mask, settings, kwargs)):
+        _warn_untrained(module)
+        return _attend_cached(query, key, value, rows, settings, scaling), None
     sequences = find_sequences(
         attention_mask,
         (query.shape[0], q_len),
@@ -58,6 +61,24 @@ def moba_attention_forward(module, query, key, value, attention_mask, dropout=0.
     sequences = sequences or whole_rows(query.shape[0], q_len, kv_len, query.device)
     output = _attend(query, key, value, sequences, settings, scaling, dense)
     return sequences.unpack(output, query.shape[0], q_len), None
+
+
+def _rows_with_means(query, key, segments, settings: MobaConfig, kwargs):
+    """Where to attend through the means that a MobaCache keeps: few queries, each row one sequence; else None.
+
+    Few: gathering their blocks, for each query anew, takes no more keys than a head has.
+    """
+    few = query.shape[2] == 1 or query.shape[2] * settings.block_size * settings.top_k <= key.shape[2]
+    packed = kwargs.get("cu_seq_lens_q") is not None or query.shape[2] == key.shape[2]
+    if not hasattr(key, "moba_layer") or not few or packed or settings.engine == "reference":
+        return None
+    return find_cached_rows(segments, (query.shape[0], query.shape[2]), key.device)
+
+
+def _attend_cached(query, key, value, rows, settings: MobaConfig, scaling) -> torch.Tensor:
+    means = key.moba_layer.block_means(key, rows.starts, settings.block_size)
+    where = dict(block_size=settings.block_size, top_k=settings.top_k, scale=scaling)
+    return cached_attention(query, key, value, means, rows.on_device, **where)
 
 
 def _attend(query, key, value, sequences, settings: MobaConfig, scaling, dense: bool) -> torch.Tensor:

@@ -65,17 +65,48 @@ def whole_rows(batch: int, q_len: int, kv_len: int, device) -> PackedSequences:
     return PackedSequences(row * q_len, row * kv_len)
 
 
+@dataclass(frozen=True)
+class CachedRows:
+    """Rows of a key cache that each hold one sequence without holes, from its first token to the end of the cache.
+
+    starts: place of each row's first token; on_device: the same, int64 [batch], where the cache is.
+    """
+
+    starts: tuple[int, ...]
+    on_device: torch.Tensor
+
+
+def find_cached_rows(segments, query_shape, device) -> CachedRows | None:
+    """Where the rows of a cache begin, or None where a row is more, or less, than one sequence up to the cache's end.
+
+    segments: int32 [batch, 1, 1, kv_len] or None. query_shape: (batch, q_len).
+    """
+    batch, q_len = query_shape
+    if segments is None:
+        return CachedRows((0,) * batch, torch.zeros(batch, dtype=torch.int64, device=device))
+    return _remembered(segments, ("rows", q_len), lambda: _cached_rows(segments[:, 0, 0], q_len))
+
+
+def _cached_rows(segments: torch.Tensor, q_len: int) -> CachedRows | None:
+    same = segments == segments[:, -1:]  # as the newest token
+    length = same.flip(-1).cumprod(-1).sum(-1)
+    fits = (segments[:, -1] > 0) & (length == same.sum(-1)) & (length >= q_len)
+    starts = segments.shape[1] - length
+    *places, all_fit = torch.cat([starts, fits.all()[None]]).tolist()
+    return CachedRows(tuple(places), starts) if all_fit else None
+
+
 def _remembered(source: torch.Tensor, key, find):
     """`find()`, kept on the tensor it came from: the layers of a model share mask and position_ids, and finding out
     costs a wait for the device. In-place changes of the tensor count as another tensor."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or source.is_inference():  # changes of an inference tensor are not counted
         return find()
-    version = (None if source.is_inference() else source._version, key)
     kept = getattr(source, "_moba_sequences", None)
-    if kept is None or kept[0] != version or version[0] is None:
-        kept = (version, find())
-        source._moba_sequences = kept
-    return kept[1]
+    if kept is None or kept[0] != source._version:
+        kept = source._moba_sequences = (source._version, {})
+    if key not in kept[1]:
+        kept[1][key] = find()
+    return kept[1][key]
 
 
 def _from_cu_seq_lens(cu_q, cu_k, batch, q_len, kv_len, device) -> PackedSequences:

@@ -1,0 +1,389 @@
+"""MobaCache: block means that equal recomputed ones after every operation on the cache, and generation through it.
+
+Lengths and block sizes: rows that start at different places, blocks that divide nothing, an update that ends inside a
+block, completes one, or completes several.
+"""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from models import BLOCK_SIZE, FAMILIES, TOP_K, tiny_config, tiny_model, tokens, twin
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+import moba_hf
+from moba_hf import MobaCache, ops
+from moba_hf.integration import attention
+from moba_hf.integration.cache import MobaLayer
+
+HEADS, WIDTH, LENGTH = 2, 8, 25
+
+
+def states(batch: int, length: int, dtype=torch.float32, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(batch, HEADS, length, WIDTH, generator=generator).to(dtype) for _ in range(2))
+
+
+def check(layer: MobaLayer, starts: tuple[int, ...], block_size: int) -> None:
+    """Every mean equals, bit for bit, the one that routing takes from the row's own keys."""
+    means = layer.block_means(layer.keys, starts, block_size)
+    for row, start in enumerate(starts):
+        own = ops.block_means(layer.keys[row, :, start:].transpose(0, 1), block_size).transpose(0, 1)
+        assert torch.equal(means[row, :, : own.shape[1]], own)
+
+
+@pytest.fixture(params=["no_grad", "inference_mode", "grad"])
+def filled(request):
+    """A layer of three rows that start at 0, 3 and 9, after 30 tokens in pieces, and that has been asked for means."""
+    mode = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode, "grad": torch.enable_grad}[request.param]
+    with mode():
+        layer = MobaLayer()
+        for piece, part in enumerate((14, 1, 9, 6)):
+            layer.update(*states(3, part, seed=piece))
+            check(layer, STARTS, BLOCK_SIZE)
+        yield layer
+
+
+STARTS = (0, 3, 9)
+
+
+# ---- means ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("block_size", [1, 4, 5, 64])
+@pytest.mark.parametrize("starts", [(0, 0), (0, 7)])
+@torch.no_grad()
+def test_update_in_pieces(dtype, block_size, starts):
+    layer, given = MobaLayer(), states(2, 157, dtype)
+    for part in zip(*(x.split([40, 1, 1, 1, 30, 64, 20], 2) for x in given)):
+        layer.update(*part)
+        check(layer, starts, block_size)
+    assert torch.equal(layer.keys, given[0]) and torch.equal(layer.values, given[1])
+
+
+@pytest.mark.parametrize("removed", [0, 1, 3, 7, 29, 30])
+def test_crop(filled, removed):
+    """New tokens after a crop replace those cropped, in means too; also when the cache is as long as before."""
+    old = filled.keys.clone()
+    filled.crop(-removed)
+    assert torch.equal(filled.keys, old[:, :, : 30 - removed])
+    filled.update(*states(3, removed + 1, seed=9))
+    assert torch.equal(filled.keys[:, :, : 30 - removed], old[:, :, : 30 - removed])
+    check(filled, STARTS, BLOCK_SIZE)
+
+
+def test_rows(filled):
+    filled.reorder_cache(torch.tensor([2, 0, 0]))
+    check(filled, (9, 0, 0), BLOCK_SIZE)
+    filled.batch_repeat_interleave(2)
+    check(filled, (9, 9, 0, 0, 0, 0), BLOCK_SIZE)
+    filled.batch_select_indices(torch.tensor([0, 3]))
+    check(filled, (9, 0), BLOCK_SIZE)
+    filled.batch_select_indices(torch.tensor([False, True]))
+    filled.update(*states(1, 5, seed=8))
+    check(filled, (0,), BLOCK_SIZE)
+
+
+def test_reset_offload_prefetch_and_copies(filled):
+    filled.offload()
+    filled.prefetch()
+    filled.update(*states(3, 3, seed=8))
+    check(filled, STARTS, BLOCK_SIZE)
+    if not filled.keys.is_inference():
+        twin_layer = copy.deepcopy(filled)
+        filled.update(*states(3, 2, seed=7))
+        twin_layer.update(*states(3, 2, seed=6))
+        check(twin_layer, STARTS, BLOCK_SIZE)
+    check(filled, STARTS, BLOCK_SIZE)
+    filled.reset()
+    filled.update(*states(3, 9, seed=5))
+    check(filled, STARTS, BLOCK_SIZE)
+
+
+def test_other_settings_and_modes(filled):
+    """Another block size, other starts, and tensors made in inference mode that are used outside it."""
+    check(filled, STARTS, 5)
+    check(filled, (1, 3, 9), 5)
+    with torch.no_grad():
+        filled.update(*states(3, 7, seed=4))
+        check(filled, STARTS, BLOCK_SIZE)
+
+
+def test_empty_layers():
+    """Operations before the first token are those of Transformers: nothing."""
+    layer = MobaLayer()
+    layer.reset()
+    layer.offload()
+    layer.prefetch()
+    layer.reorder_cache(torch.tensor([0]))
+    layer.batch_repeat_interleave(2)
+    layer.batch_select_indices(torch.tensor([0]))
+    assert layer.get_seq_length() == 0
+
+
+class KeysRead(TorchDispatchMode):
+    """Counts the elements that reductions read: the keys of which means were taken."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket is torch.ops.aten.mean:
+            self.count += args[0].numel()
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_each_key_is_read_once():
+    layer, (keys, values) = MobaLayer(), states(3, 200)
+    with KeysRead() as read:
+        for part in zip(keys.split(1, 2), values.split(1, 2)):
+            full, _ = layer.update(*part)
+            layer.block_means(full, STARTS, BLOCK_SIZE)
+    assert read.count == sum((200 - start) // BLOCK_SIZE * BLOCK_SIZE for start in STARTS) * HEADS * WIDTH
+
+
+@torch.no_grad()
+def test_memory():
+    """Means: at most 2 / block_size of the keys. Room to grow: at most 1/16. Nothing keeps a cache that is let go."""
+    layer = MobaLayer()
+    for part in zip(*(x.split(100, 2) for x in states(2, 1000))):
+        full, _ = layer.update(*part)
+        means = layer.block_means(full, (0, 50), 32)
+    assert means.numel() <= 2 / 32 * layer.keys.numel()
+    assert layer.keys.untyped_storage().nbytes() <= (1 + 1 / 16) * layer.keys.nbytes + 1
+    gone = weakref.ref(layer._buffers[0])
+    gc.disable()
+    del layer, full, means
+    gc.enable()
+    assert gone() is None
+
+
+# ---- the cache in a model ------------------------------------------------------------------------------------------
+
+
+def generate(model, ids, **kwargs):
+    return model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0, **kwargs)
+
+
+def batch(padded: bool):
+    ids, mask = tokens(3, LENGTH), torch.ones(3, LENGTH, dtype=torch.long)
+    if padded:
+        ids[1, :6], mask[1, :6], ids[2, :11], mask[2, :11] = 0, 0, 0, 0
+    return ids, mask
+
+
+def test_layers_follow_the_model():
+    config = tiny_config("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    layers = MobaCache(config).layers
+    assert [type(layer) for layer in layers] == [MobaLayer, DynamicSlidingWindowLayer]
+    assert isinstance(MobaCache(config), DynamicCache)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_every_family_hands_the_means_on(family, monkeypatch):
+    """Each layer's step goes through the means, and gives what it gives without them."""
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return ops.cached_attention(*args, **kwargs)
+
+    monkeypatch.setattr(attention, "cached_attention", counted)
+    model, (ids, mask), logits = tiny_model(family), batch(True), []
+    moba_hf.configure(model, decode="moba")
+    for cache in (MobaCache(model.config), DynamicCache(config=model.config)):
+        model(ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache)
+        logits.append(model(ids[:, -1:], attention_mask=mask, past_key_values=cache).logits)
+        assert len(calls) == 2  # layers of the model
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+
+
+SEARCHES = {
+    "greedy": {},
+    "beam": dict(num_beams=3),
+    "sampling": dict(do_sample=True, temperature=0.7),
+    "chunks": dict(prefill_chunk_size=7),
+}
+ONE_ROW = {"lookup": dict(prompt_lookup_num_tokens=3), "assisted": {}}
+
+
+@pytest.fixture(params=["llama", "sliding"])
+def model(request):
+    if request.param == "sliding":
+        return tiny_model("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    return tiny_model(request.param)
+
+
+def text(model, search: str, cache, padded: bool, **settings):
+    """What `model` writes with `cache`, with decode="moba"."""
+    moba_hf.configure(model, decode="moba", **settings)
+    ids, mask = batch(padded)
+    kwargs = {**SEARCHES, **ONE_ROW}[search]
+    if search in ONE_ROW:
+        ids = torch.cat([ids[:1, :13], ids[:1, :13]], 1)
+        mask = torch.ones_like(ids)
+    if search == "assisted":
+        kwargs = dict(assistant_model=tiny_model("llama", num_hidden_layers=1))
+    torch.manual_seed(3)
+    given = {} if cache is None else {"past_key_values": cache}
+    kwargs = {"do_sample": False, **kwargs}
+    return model.generate(
+        ids, attention_mask=mask, max_new_tokens=8, min_new_tokens=8, pad_token_id=0, **kwargs, **given
+    )
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("search", [*SEARCHES, *ONE_ROW])
+def test_generate_as_with_another_cache(model, search, padded):
+    """The means change nothing but the work."""
+    got = text(model, search, MobaCache(model.config), padded)
+    assert torch.equal(got, text(model, search, None, padded))
+
+
+@pytest.mark.parametrize("search", [*SEARCHES, *ONE_ROW])
+def test_generate_equals_dense_where_the_blocks_cover_all(model, search):
+    """Also with an engine named, where no dense kernel takes over."""
+    expected = text(twin(model, "sdpa"), search, None, True)
+    for engine in ("auto", "blockwise"):
+        cache = MobaCache(model.config)
+        assert torch.equal(text(model, search, cache, True, block_size=8, top_k=5, engine=engine), expected)
+
+
+@pytest.mark.parametrize("search", ["greedy", "beam", "lookup"])
+def test_decode_full(model, search):
+    """The default: a single new token attends the whole cache, whatever kind of cache it is."""
+    ids, mask = batch(search != "lookup")
+    ids, mask = (ids[:1], mask[:1]) if search == "lookup" else (ids, mask)
+    kwargs = {**SEARCHES, **ONE_ROW}[search]
+    got = generate(model, ids, attention_mask=mask, past_key_values=MobaCache(model.config), **kwargs)
+    assert torch.equal(got, generate(model, ids, attention_mask=mask, **kwargs))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("block_size", [1, 3, 4, 7])
+@pytest.mark.parametrize("piece", [1, 2, 5, 12])
+@torch.no_grad()
+def test_pieces_equal_one_shot(padded, block_size, piece):
+    """A prompt in one piece, in chunks that end inside blocks, and token by token: the same logits."""
+    model = tiny_model()
+    moba_hf.configure(model, decode="moba", block_size=block_size, engine="blockwise")
+    ids, mask = batch(padded)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    expected = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    cache, parts = MobaCache(model.config), []
+    for start in range(0, LENGTH, piece):
+        part = slice(start, start + piece)
+        where = dict(attention_mask=mask[:, : part.stop], position_ids=positions[:, part])
+        parts.append(model(ids[:, part], past_key_values=cache, **where).logits)
+    real = mask.bool()
+    torch.testing.assert_close(torch.cat(parts, 1)[real], expected[real], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@torch.no_grad()
+def test_static_cache_decodes_sparsely(compiled):
+    """decode="moba" in a static cache, slots not yet written among its keys; also as one compiled graph."""
+    torch._dynamo.reset()
+    model = tiny_model()
+    moba_hf.configure(model, decode="moba")
+    ids, mask = batch(True)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    expected = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    step = torch.compile(model.forward, fullgraph=True, backend="aot_eager") if compiled else model.forward
+    model(ids[:, :17], attention_mask=mask[:, :17], position_ids=positions[:, :17], past_key_values=cache)
+    for i in range(17, LENGTH):
+        where = dict(attention_mask=mask[:, : i + 1], position_ids=positions[:, i : i + 1])
+        got = step(input_ids=ids[:, i : i + 1], past_key_values=cache, **where).logits[:, 0]
+        torch.testing.assert_close(got, expected[:, i], atol=1e-4, rtol=1e-4)
+
+
+# ---- what decoding reads -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_decode_reads_the_attended_blocks_alone(padded):
+    """With NaN in every key and value outside the blocks that the newest token attends, its output is unchanged."""
+    starts, length, block_size, heads = (0, 5) if padded else (0, 0), 90, 8, 4
+    query = torch.randn(2, heads, 1, WIDTH, generator=torch.Generator().manual_seed(1))
+    layer = MobaLayer()
+    layer.update(*states(2, length - 3))
+    key, value = layer.update(*states(2, 3, seed=1))
+    means = layer.block_means(key, starts, block_size)
+    where = dict(block_size=block_size, top_k=TOP_K, scale=0.4)
+    on_device = torch.tensor(starts)
+    expected = ops.cached_attention(query, key, value, means, on_device, **where)
+    attended = torch.zeros(2, HEADS, length, dtype=torch.bool)
+    for row, start in enumerate(starts):
+        chosen = ops.select_blocks(
+            query[row].transpose(0, 1), key[row, :, start:].transpose(0, 1), block_size=block_size, top_k=TOP_K
+        )[0]
+        own = (length - 1 - start) // block_size
+        for head in range(heads):
+            for block in [*chosen[head].tolist(), own]:
+                first = start + block * block_size
+                attended[row, head // (heads // HEADS), first : first + block_size] = True
+    assert 0 < attended.sum() < attended.numel() / 2
+    for states_ in (layer.keys, layer.values):  # the layer's own memory, also where it is not written yet
+        states_.masked_fill_(~attended[..., None], float("nan"))
+    for buffer in layer._buffers:
+        buffer[:, :, length:] = float("nan")
+    key, value = layer.keys, layer.values
+    assert layer.block_means(key, starts, block_size).isfinite().all()
+    assert torch.equal(ops.cached_attention(query, key, value, means, on_device, **where), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("q_len", [1, 4])
+@pytest.mark.parametrize("top_k", [1, 3, 50])
+@torch.no_grad()
+def test_cached_attention_equals_the_operator(dtype, q_len, top_k):
+    """On every dtype, GQA, rows of unequal length, with one and several new tokens."""
+    key, value = states(2, 45, dtype)
+    query = torch.randn(2, 4, q_len, WIDTH, generator=torch.Generator().manual_seed(2)).to(dtype)
+    starts = (0, 11)
+    layer = MobaLayer()
+    key, value = layer.update(key, value)
+    means = layer.block_means(key, starts, 6)
+    got = ops.cached_attention(query, key, value, means, torch.tensor(starts), block_size=6, top_k=top_k)
+    for row, start in enumerate(starts):
+        packed = (query[row].transpose(0, 1), *(x[row, :, start:].transpose(0, 1) for x in (key, value)))
+        expected = moba_hf.moba_attention(*packed, block_size=6, top_k=top_k, engine="reference")
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(got[row], expected, atol=tolerance, rtol=tolerance)
+
+
+@torch.no_grad()
+def test_ties_go_to_the_most_recent_block():
+    key, value = states(1, 30)
+    layer = MobaLayer()
+    key, value = layer.update(key, value)
+    query = torch.zeros(1, 4, 1, WIDTH)
+    got = ops.cached_attention(
+        query, key, value, layer.block_means(key, (0,), 4), torch.tensor([0]), block_size=4, top_k=3
+    )
+    expected = value[0, :, 20:].mean(1).repeat_interleave(2, 0)  # blocks 5, 6 and its own, the 2 tokens of block 7
+    torch.testing.assert_close(got[0, 0], expected)
+
+
+def test_gradients():
+    """A cached step trains as an uncached one does: gradients of query, key and value."""
+    key, value = (x.double().requires_grad_() for x in states(1, 18))
+    query = torch.randn(1, 4, 2, WIDTH, dtype=torch.float64, requires_grad=True)
+    layer = MobaLayer()
+    means = layer.block_means(key, (3,), 4)
+    got = ops.cached_attention(query, key, value, means, torch.tensor([3]), block_size=4, top_k=2)
+    packed = (query[0].transpose(0, 1), *(x[0, :, 3:].transpose(0, 1) for x in (key, value)))
+    expected = moba_hf.moba_attention(*packed, block_size=4, top_k=2, engine="reference")
+    grads = [torch.autograd.grad(x.square().sum(), (query, key, value)) for x in (got, expected)]
+    for mine, theirs in zip(*grads):
+        torch.testing.assert_close(mine, theirs)
