@@ -65,6 +65,17 @@ def choose(device: str, dtype: torch.dtype, head_dim: int) -> "Provider":
     raise Unavailable("; ".join(reasons))
 
 
+def status(dtype: torch.dtype, head_dim: int) -> dict[str, str | None]:
+    """Each provider of `ORDER` on this machine's GPU: None where it computes tensors like these, else why not."""
+    reasons: dict[str, str | None] = dict.fromkeys(ORDER)
+    for name in ORDER:
+        try:
+            _load(name).fitting(dtype, head_dim)
+        except Unavailable as reason:
+            reasons[name] = str(reason)
+    return reasons
+
+
 class Provider:
     """Variable-length attention kernels. Subclasses adapt one package each.
 
