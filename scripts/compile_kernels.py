@@ -100,7 +100,7 @@ class Compiled:
 
 
 def record(case: Case) -> list[Launch]:
-    """The launches of routing, forward and backward for `case`."""
+    """The launches of routing, forward, backward and decoding for `case`."""
     launches: list[Launch] = []
 
     def run(kernel, *args, grid, warmup, **kwargs):
@@ -115,7 +115,15 @@ def record(case: Case) -> list[Launch]:
         where = (lengths, lengths, case.block_size, case.head_dim**-0.5)
         output, lse = engine.forward(*states, selected, *where)
         engine.backward(torch.empty_like(output), *states, output, lse, selected, *where)
+        engine.decode(*decoding(case), case.block_size, case.head_dim**-0.5)
     return launches
+
+
+def decoding(case: Case) -> list[torch.Tensor]:
+    """One new token in each of two rows: query, key, value, past blocks and starts."""
+    shapes = [(2, heads, tokens, case.head_dim) for heads, tokens in ((8, 1), (2, 8192), (2, 8192))]
+    states = [torch.empty(shape, dtype=case.dtype, device="meta") for shape in shapes]
+    return states + [torch.empty(shape, dtype=torch.int64, device="meta") for shape in ((2, 8, 1, 7), (2,))]
 
 
 def describe(case: Case, kernel: JITFunction, args: tuple, kwargs: dict) -> Launch:

@@ -77,7 +77,7 @@ def _rows_with_means(query, key, segments, settings: MobaConfig, kwargs):
 
 def _attend_cached(query, key, value, rows, settings: MobaConfig, scaling) -> torch.Tensor:
     means = key.moba_layer.block_means(key, rows.starts, settings.block_size)
-    where = dict(block_size=settings.block_size, top_k=settings.top_k, scale=scaling)
+    where = dict(block_size=settings.block_size, top_k=settings.top_k, scale=scaling, engine=settings.engine)
     return cached_attention(query, key, value, means, rows.on_device, **where)
 
 

@@ -1,10 +1,12 @@
-"""Sparse attention of the newest tokens over a key cache, from block means kept beside it: plain PyTorch, any device.
+"""Sparse attention of the newest tokens over a key cache, from block means kept beside it.
 
 Of the cache it touches the attended blocks alone. Shapes follow from the input's and nothing waits for the device.
 """
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+
+from . import engines
 
 
 def cached_attention(
@@ -17,10 +19,12 @@ def cached_attention(
     block_size: int,
     top_k: int,
     scale: float | None = None,
+    engine: str = "auto",
 ) -> torch.Tensor:
     """MoBA of the last q_len tokens of every row against its cache (arXiv 2502.13189, section 2.2).
 
-    Gathers heads · q_len · top_k · block_size keys and values per row: meant for few queries.
+    Meant for few queries: the work is heads · q_len · top_k · block_size keys per row, and where the Triton kernel does
+    not run (or gradients are wanted) that many keys and values are gathered.
 
     Args:
         query: [batch, heads, q_len, head_dim].
@@ -29,25 +33,36 @@ def cached_attention(
             block are read, so that many there must be.
         starts: int64 [batch], place of each row's first token in the cache: blocks are counted from there, and what
             lies before is padding. A row's last token is the last of the cache.
-        block_size, top_k, scale: as in `moba_attention`.
+        block_size, top_k, scale, engine: as in `moba_attention`. The Triton kernel stands for "triton", and for "flash"
+            where it runs; plain PyTorch for the others.
 
     Returns:
         [batch, q_len, heads, head_dim] in the query's dtype; differentiable in query, key and value.
     """
-    q_len, kv_len, head_dim = query.shape[2], key.shape[2], query.shape[3]
+    q_len, kv_len = query.shape[2], key.shape[2]
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     position = kv_len - q_len + torch.arange(q_len, device=key.device) - starts[:, None]  # [batch, q_len]
     past = select_from_means(query, means, position // block_size, min(top_k - 1, means.shape[2]))
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    kernel = None if trains else engines.decode_kernel(engine, query, block_size)
+    if kernel is not None:
+        return kernel(query, key, value, past, starts, block_size, scale)
+    return _attend_gathered(query, key, value, past, position, starts, block_size, scale)
+
+
+def _attend_gathered(query, key, value, past, position, starts, block_size: int, scale: float) -> torch.Tensor:
+    """`cached_attention` in plain PyTorch. past: [batch, heads, q_len, slots]; position: [batch, q_len]."""
     position = position[:, None, :, None]
     blocks = torch.cat([past, (position // block_size).expand(-1, past.shape[1], -1, -1)], -1)
     attended = blocks[..., None] * block_size + torch.arange(block_size, device=key.device)
     visible = (blocks >= 0)[..., None] & (attended <= position[..., None])
     # A place without a token to see stands for the query's own: so nothing outside the attended blocks is read.
     slots = torch.where(visible, attended, position[..., None]) + starts[:, None, None, None, None]
-    key, value = (_gather(states, slots.flatten(2)) for states in (key, value))
+    key, value = (_gather(states, slots.flatten(2)).unflatten(2, (query.shape[2], -1)) for states in (key, value))
     output = scaled_dot_product_attention(
         query.flatten(1, 2)[:, :, None],
-        key.view(key.shape[0], -1, slots[0, 0, 0].numel(), head_dim),
-        value.view(key.shape[0], -1, slots[0, 0, 0].numel(), head_dim),
+        key.flatten(1, 2),
+        value.flatten(1, 2),
         attn_mask=visible.flatten(3).flatten(1, 2)[:, :, None],
         scale=scale,
     )

@@ -93,6 +93,18 @@ def routing_kernel(engine: str, device: str):
     return getattr(load(engine), "select", None)
 
 
+def decode_kernel(engine: str, query: torch.Tensor, block_size: int):
+    """The kernel for few queries over a key cache, or None for the way in PyTorch; raises as `choose` does.
+
+    query: [..., head_dim]. The flash engine has none and takes Triton's, where that runs.
+    """
+    device, head_dim = query.device.type, query.shape[-1]
+    name = choose(engine, device, query.dtype, block_size, head_dim)
+    if name == "flash" and device == "cuda" and _unsupported("triton", device, query.dtype, head_dim) is None:
+        name = "triton"
+    return getattr(load(name), "decode", None)
+
+
 def automatic(device: str, flash: str | None, triton: bool, block_size: int) -> str:
     """What engine="auto" takes. A model of the cost, not a measurement.
 

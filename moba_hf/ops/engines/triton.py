@@ -78,6 +78,15 @@ def backward(
         )  # fmt: skip
 
 
+def decode(query, key, value, past_blocks, starts, block_size: int, scale: float) -> torch.Tensor:
+    """[batch, q_len, heads, head_dim]: few queries over chosen blocks of a key cache. Shapes as in `kernels.decode`."""
+    from ..kernels.decode import attend_blocks
+
+    query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
+    with torch.cuda.device_of(query):
+        return attend_blocks(query, key, value, past_blocks, starts, block_size, scale)
+
+
 def _layout(query, key, cu_seqlens_q, cu_seqlens_k, block_size) -> BlockLayout:
     from ..kernels.block_layout import block_layout
 
