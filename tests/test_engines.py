@@ -84,6 +84,15 @@ def test_all_queries_choose_one_block(engine):
     check_engine(engine, (query, key, value), cu(lengths), cu(lengths), 16, 2)
 
 
+@pytest.mark.parametrize("table_bytes", [1, 40_000])
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_ranges_of_queries(table_bytes, top_k, monkeypatch):
+    """Ranges end inside blocks and inside sequences; the smallest is one block long."""
+    monkeypatch.setattr(engines.load("blockwise"), "_TABLE_BYTES", table_bytes)
+    lengths_q, lengths_k = [50, 0, 3, 130, 20], [50, 5, 90, 130, 200]
+    check_engine("blockwise", states(lengths_q, lengths_k), cu(lengths_q), cu(lengths_k), 24, top_k)
+
+
 @pytest.mark.parametrize("threads", [1, 3, 5])
 def test_rows_shared_out_unevenly(threads):
     """The backward cuts a block's rows into one piece a thread and fills up the last; the filling counts nowhere."""

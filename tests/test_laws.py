@@ -145,3 +145,20 @@ def test_exact_ties_go_to_the_most_recent_block():
             chosen = [b for b in moba_hf.select_blocks(query, key, block_size=4, top_k=top_k)[0, 0].tolist() if b >= 0]
             newest = [b for b in range(blocks - 1, -1, -1) if b != 1]
             assert chosen == sorted([1, *newest][: top_k - 1])
+
+
+@examples
+@given(length=st.integers(1, 90), block_size=st.integers(1, 9), slots=st.integers(1, 7), seed=st.integers(0, 99))
+def test_routing_sorts_by_score_and_then_by_age(length, block_size, slots, seed):
+    """Scores of few different values, exact in floating point, so that most of them tie."""
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randint(-1, 2, (length, 2, 1), generator=generator).float()
+    key = torch.randint(-1, 2, (-(-length // block_size), 1, 1), generator=generator).float()
+    key = key.repeat_interleave(block_size, 0)[:length]
+    selected = moba_hf.select_blocks(query, key, block_size=block_size, top_k=slots + 1)
+    for row in range(length):
+        candidates = list(range(row // block_size))
+        for head in range(2):
+            score = {block: (query[row, head, 0] * key[block * block_size, 0, 0]).item() for block in candidates}
+            best = sorted(candidates, key=lambda block: (score[block], block))[-slots:]
+            assert selected[row, head].tolist() == sorted(best) + [-1] * (slots - len(best))

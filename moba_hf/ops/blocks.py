@@ -4,6 +4,7 @@ Two views of the same facts. `sequence_spans` gives Python integers to engines t
 gives device tensors of shapes known in advance to kernels that must not wait for the host.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -36,6 +37,20 @@ def sequence_spans(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor) -> li
     """The sequences that have queries, in order. Copies the two cumulative lengths to the host."""
     q, k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     return [Span(*row) for row in zip(q[:-1], q[1:], k[:-1], k[1:]) if row[0] < row[1]]
+
+
+def query_ranges(spans: list[Span], most: int) -> Iterator[tuple[slice, list[Span]]]:
+    """The packed queries in ranges of `most` rows: the rows, and the pieces of sequences in them.
+
+    A piece has its queries counted from the start of the range, and its keys up to its last query.
+    """
+    for start in range(0, spans[-1].query_end if spans else 0, most):
+        stop, inside = min(start + most, spans[-1].query_end), []
+        for span in spans:
+            first, last = max(span.query_start, start), min(span.query_end, stop)
+            if first < last:
+                inside.append(Span(first - start, last - start, span.key_start, span.key_end - span.query_end + last))
+        yield slice(start, stop), inside
 
 
 def merge_uniform_spans(spans: list[Span]) -> list[tuple[Span, int]]:
