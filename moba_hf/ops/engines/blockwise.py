@@ -20,8 +20,8 @@ from ..blocks import Span, query_ranges, sequence_spans
 from .softmax_merge import merge_weights
 from .tiles import Accumulators, Tile, attend, attend_backward, own_block_tiles, tile_backward, tile_forward
 
-_TABLE_BYTES = 64 << 20
-_MOST_ROWS = 16384  # rows gathered at a time: bounds the buffers where many queries choose one block
+_TABLE_BYTES = 48 << 20
+_MOST_ROWS = 8192  # rows gathered at a time: bounds the buffers where many queries choose one block
 _FEWEST_ROWS = 64  # worth a thread of their own in the backward
 
 
