@@ -6,11 +6,14 @@ edges of a block (empty, 1, B − 1, B, B + 1, a long one with a tail), all of t
 queries begin inside a block; top_k 1 (no past stream), 2, and more than there are blocks; odd block sizes.
 """
 
+import statistics
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tolerance import assert_close_as_eager, check_engine, eager_attention, run
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 import moba_hf
 from moba_hf.ops import engines, routing
@@ -296,3 +299,38 @@ def measured(function, megabytes):
     extra = (torch.cuda.max_memory_allocated() - before - kept) / 2**20
     assert extra <= megabytes, f"took {extra:.0f} MiB beyond its results, allowed {megabytes:.0f}"
     return results
+
+
+# (tokens, block_size, top_k, backward) of 32 query and 8 kv heads, head_dim 128: the design's settings S2 and S4
+SETTINGS = {"S2": (1 << 20, 4096, 12, False), "S4": (128 << 10, 512, 8, True)}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_faster_than_dense_on_a_gpu(provider, setting, record_property):
+    """Medians of interleaved rounds, routing included, beside the fastest dense kernel of PyTorch."""
+    tokens, block_size, top_k, backward = SETTINGS[setting]
+    make = lambda heads: torch.randn(tokens, heads, 128, device="cuda", dtype=torch.bfloat16)  # noqa: E731
+    leaves, grad = [make(heads).requires_grad_(backward) for heads in (32, 8, 8)], make(32)
+
+    def dense(query, key, value):
+        rows = (x[None].transpose(1, 2) for x in (query, key, value))
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+            return scaled_dot_product_attention(*rows, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+
+    def moba(query, key, value):
+        return moba_hf.moba_attention(query, key, value, block_size=block_size, top_k=top_k, engine="flash")
+
+    times = {dense: [], moba: []}
+    for attention in (*times, *(2 * list(times))):  # the first of each warms up
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        output = attention(*leaves)
+        if backward:
+            torch.autograd.grad(output, leaves, grad)
+        end.record()
+        end.synchronize()
+        del output
+        times[attention].append(start.elapsed_time(end))
+    medians = [statistics.median(milliseconds[1:]) for milliseconds in times.values()]
+    record_property(f"{setting} {provider}", "dense {:.1f} ms, flash {:.1f} ms".format(*medians))
+    assert medians[1] < medians[0]
