@@ -52,7 +52,9 @@ def report(options: argparse.Namespace) -> dict:
              ("length", "block_size", "top_k", "heads", "kv_heads", "head_dim", "dtype")}  # fmt: skip
     name, reason = _automatic(device, dtype, options, bool(cuda))
     capability = tuple(cuda[0]["capability"]) if cuda else (9, 0)
-    settings = inspection.launch_settings(capability, dtype, options.head_dim, options.block_size)
+    where = (capability, dtype, options.head_dim, options.block_size)
+    settings = inspection.launch_settings(*where)
+    source = inspection.tuned_launch_settings(*where) if settings else None
     return {
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "packages": {package: _version(package) for package in _PACKAGES},
@@ -61,7 +63,12 @@ def report(options: argparse.Namespace) -> dict:
         "engines": {name: asdict(status) for name, status in engine_status().items()},
         "providers": inspection.providers(dtype, options.head_dim),
         "auto": {"device": device, "shape": shape, "engine": name, "reason": reason},
-        "launch_settings": {"capability": list(capability), "here": bool(cuda), "settings": settings},
+        "launch_settings": {
+            "capability": list(capability),
+            "here": bool(cuda),
+            "source": source,
+            "settings": settings,
+        },
     }
 
 
@@ -96,7 +103,7 @@ def _settings_lines(launch: dict) -> list[str]:
     if launch["settings"] is None:
         return [f"{'kernels':<14}no launch settings: triton is not installed; pip install 'moba_hf[triton]'"]
     where = "sm_{}{}".format(*launch["capability"]) + ("" if launch["here"] else ", were there one")
-    lines = []
+    lines = [f"{'kernels':<14}launch settings: {launch['source']}"]
     for direction, settings in launch["settings"].items():
         for kernel, tile in settings.items():
             value = " ".join(f"{k} {v}" for k, v in tile.items()) if isinstance(tile, dict) else tile

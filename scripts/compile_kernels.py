@@ -46,15 +46,18 @@ TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", t
 
 @dataclass(frozen=True)
 class Case:
-    """One setting of the engine: 8 heads over 2 kv heads, top-8."""
+    """One setting of the engine: 8 heads over 2 kv heads. chunk: fewer queries than keys."""
 
     arch: int
     head_dim: int
     block_size: int
     dtype: torch.dtype
+    top_k: int = 8
+    chunk: bool = False
 
     def __str__(self):
-        return f"{TYPES[self.dtype]} d{self.head_dim} B{self.block_size}"
+        special = f" top-{self.top_k}" * (self.top_k != 8) + " chunk" * self.chunk
+        return f"{TYPES[self.dtype]} d{self.head_dim} B{self.block_size}{special}"
 
 
 @dataclass
@@ -107,11 +110,12 @@ def record(case: Case) -> list[Launch]:
         launches.append(describe(case, kernel, args, kwargs))
 
     tokens = 4 * case.block_size + 4096
-    states = [torch.empty(tokens, heads, case.head_dim, dtype=case.dtype, device="meta") for heads in (8, 2, 2)]
+    shapes = [(512 if case.chunk else tokens, 8, case.head_dim), *[(tokens, 2, case.head_dim)] * 2]
+    states = [torch.empty(shape, dtype=case.dtype, device="meta") for shape in shapes]
     lengths = torch.empty(2, dtype=torch.int32, device="meta")
     engine, capability = engines.load("triton"), divmod(case.arch, 10)
     with mock.patch.object(JITFunction, "run", run), mock.patch.object(engine, "_capability", lambda _: capability):
-        selected = engine.select(*states[:2], lengths, lengths, case.block_size, 7)
+        selected = engine.select(*states[:2], lengths, lengths, case.block_size, case.top_k - 1)
         where = (lengths, lengths, case.block_size, case.head_dim**-0.5)
         output, lse = engine.forward(*states, selected, *where)
         engine.backward(torch.empty_like(output), *states, output, lse, selected, *where)
@@ -223,12 +227,16 @@ def write_tables(tables: dict[int, str]) -> None:
 
 
 def cases(arguments) -> list[Case]:
-    """bfloat16 over the whole grid; the other dtypes where they differ, at one width."""
+    """bfloat16 over the whole grid; the other dtypes, many slots and chunks where they differ, at one width."""
     if arguments.quick:
-        return [Case(arch, 128, block, torch.bfloat16) for arch, block in ((90, 128), (100, 128))]
+        return [Case(90, 128, 128, torch.bfloat16), Case(90, 128, 128, torch.bfloat16, chunk=True),
+                Case(100, 128, 128, torch.bfloat16)]  # fmt: skip
     grid = list(product(arguments.arch, arguments.head_dim, (64, 128, 512, 4096), (torch.bfloat16,)))
     grid += product(arguments.arch, (128,), (128, 512), (torch.float16, torch.float32))
-    return [Case(*where) for where in grid]
+    special = [{"chunk": True}, {"top_k": 64}, {"top_k": 513}]
+    return [Case(*where) for where in grid] + [
+        Case(arch, 128, 128, torch.bfloat16, **how) for arch in arguments.arch for how in special
+    ]
 
 
 def main() -> int:

@@ -1,5 +1,7 @@
 """A subset of `make compile-kernels`: every kernel at head_dim 128, block 128, for sm_90 and sm_100, without a GPU.
 
+For sm_90 also those that differ where queries are fewer than keys.
+
 In a process of its own: the script needs the compiler, and other tests may have chosen Triton's interpreter.
 """
 
@@ -27,3 +29,5 @@ def test_kernels_compile_within_their_gates():
         "decode_split_kernel",
     ):
         assert done.stdout.count(f"| {kernel} | bf16 d128 B128 |") == 2, done.stdout
+    for kernel in ("gate_kernel", "own_block_merge_kernel", "own_block_queries_kernel"):  # fewer queries than keys
+        assert done.stdout.count(f"| {kernel} | bf16 d128 B128 chunk |") == 1, done.stdout

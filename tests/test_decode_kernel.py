@@ -5,13 +5,9 @@ grid: one piece a block and several with a short last one (the piece is made sma
 none, more slots than blocks, one and several new tokens, rows that start at different places, GQA and none.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from interpreter import INTERPRETED, run_in_the_interpreter
 from models import tiny_model, tokens
 from tolerance import assert_close_as_eager
 
@@ -20,7 +16,6 @@ from moba_hf import MobaCache, moba_attention, ops
 from moba_hf.integration.cache import MobaLayer
 
 pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 inside = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="run by test_in_the_interpreter")
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")  # not in the interpreter: raw bits
@@ -29,10 +24,7 @@ DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda") 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 @pytest.mark.timeout(600)
 def test_in_the_interpreter():
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
+    run_in_the_interpreter(__file__)
 
 
 def cached(starts, q_len: int, length: int, heads: int, kv_heads: int, width: int, block_size: int, dtype):
@@ -66,6 +58,43 @@ def test_equals_pytorch(monkeypatch, dtype, piece, block_size, top_k):
 
 
 @inside
+@pytest.mark.parametrize("workspace_mb", ["0", "1"])
+def test_many_queries_in_passes(monkeypatch, workspace_mb):
+    """Partial results stay within the workspace, down to one token at a time; the result is bitwise the same."""
+    where = dict(block_size=8, top_k=3, engine="triton")
+    tensors = cached((0, 5), 6, 60, 4, 2, 16, 8, torch.float32)
+    expected = ops.cached_attention(*tensors, **where)
+    monkeypatch.setenv("MOBA_HF_WORKSPACE_MB", workspace_mb)
+    assert torch.equal(ops.cached_attention(*tensors, **where), expected)
+    exact = ops.cached_attention(*tensors, **where | {"engine": "blockwise"})
+    torch.testing.assert_close(expected, exact, atol=1e-5, rtol=1e-5)
+
+
+@inside
+def test_queries_that_are_padding():
+    """Rows of unequal length, of which one begins with the second of three new tokens: what lies before gives 0."""
+    tensors = cached((0, 38, 9), 3, 40, 4, 2, 16, 8, torch.float32)
+    where = dict(block_size=8, top_k=3)
+    got = ops.cached_attention(*tensors, **where, engine="triton")
+    assert (got[1, 0] == 0).all() and got.isfinite().all()
+    exact = ops.cached_attention(*tensors, **where, engine="blockwise")
+    for row, first in ((0, 0), (1, 1), (2, 0)):
+        torch.testing.assert_close(got[row, first:], exact[row, first:], atol=1e-5, rtol=1e-5)
+
+
+@inside
+def test_views_and_a_block_of_one_key():
+    """Strides as a cache has them that is longer than what is used, and a query of [batch, q_len, heads, width]."""
+    query, key, value, means, on_device = cached((0, 4), 2, 30, 4, 2, 20, 1, torch.float32)
+    where = dict(block_size=1, top_k=6, engine="triton")
+    expected = ops.cached_attention(query, key, value, means, on_device, **where)
+    query = query.transpose(1, 2).contiguous().transpose(1, 2)
+    key, value = (torch.nn.functional.pad(x, (0, 0, 0, 9), value=float("nan"))[:, :, :30] for x in (key, value))
+    assert not key.is_contiguous() and not query.is_contiguous()
+    assert torch.equal(ops.cached_attention(query, key, value, means, on_device, **where), expected)
+
+
+@inside
 def test_reads_the_attended_blocks_alone():
     """NaN in what no head attends, before each row's start and behind the newest token changes nothing."""
     starts, length, block_size = (0, 5), 90, 8
@@ -94,6 +123,25 @@ def test_one_token_equals_the_operator():
     packed = (x[0].transpose(0, 1).cpu() for x in (query, key, value))
     expected = moba_attention(*packed, block_size=8, top_k=3, engine="reference")
     torch.testing.assert_close(got[0].cpu(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_in_a_cuda_graph():
+    """Routing by the means and attention can be captured: nothing waits for the host."""
+    tensors = cached((0, 9), 2, 301, 4, 2, 64, 16, torch.bfloat16)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step = lambda: ops.cached_attention(*tensors, block_size=16, top_k=3, engine="triton")  # noqa: E731
+        expected = step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = step()
+        captured.fill_(float("nan"))
+        graph.replay()
+    stream.synchronize()
+    assert torch.equal(captured, expected)
 
 
 @pytest.mark.gpu

@@ -8,13 +8,9 @@ a block, queries that are the last few of their keys; one slot, two, more than t
 the sums over many rows must stay in float32. Like `test_triton_engine.py`, the file runs itself in its own process.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from interpreter import INTERPRETED, run_in_the_interpreter
 from test_engines import cu, states
 from tolerance import GRADIENT_SLACK, assert_close_as_eager, eager_attention, run
 
@@ -22,7 +18,6 @@ from moba_hf.ops import engines, routing
 from moba_hf.ops.blocks import BlockLayout, sequence_spans
 
 pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 inside = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter, in a process of its own")
 PACKED = ([20, 0, 7, 1, 30], [60, 3, 7, 30, 30])  # queries and keys of each sequence
 
@@ -30,10 +25,7 @@ PACKED = ([20, 0, 7, 1, 30], [60, 3, 7, 30, 30])  # queries and keys of each seq
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 @pytest.mark.timeout(600)
 def test_in_the_interpreter():
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
+    run_in_the_interpreter(__file__)
 
 
 def small_settings(block_keys: int, fused: bool, rows_per_program: int = 64):

@@ -10,34 +10,40 @@ than there are blocks. float32 and float16; bfloat16 cannot be tested here (the 
 has its tests in test_gpu.py.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from interpreter import INTERPRETED, run_in_the_interpreter
 from test_engines import around, cu, states
 from tolerance import check_engine
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moba_hf.ops import engines, routing
+from moba_hf.ops import cached_attention, engines, moba_attention, routing
 from moba_hf.ops.blocks import BlockLayout
 from moba_hf.ops.operator import attention_forward
 
 pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 inside = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter, in a process of its own")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 @pytest.mark.timeout(900)
 def test_in_the_interpreter():
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    print(done.stdout[-3000:])
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
+    run_in_the_interpreter(__file__)
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "says"),
+    [("3.6.0", "2.4.6", "triton>=3.7"), ("3.6.0", "2.3.5", None), ("3.7.1", "2.4.0", None), ("3.10.0", "2.10.1", None)],
+)
+def test_an_interpreter_that_cannot_run_the_kernels(monkeypatch, triton, numpy, says):
+    """Triton 3.6 with NumPy 2.4 stops at a TypeError in every loop: said by the engine before it starts."""
+    engine, installed = engines.load("triton"), {"triton": triton, "numpy": numpy}
+    monkeypatch.setattr("importlib.metadata.version", installed.__getitem__)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert engine.unavailable() is None if says is None else says in engine.unavailable()
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert "needs a CUDA device" in engine.unavailable()
 
 
 @inside
@@ -53,6 +59,42 @@ def test_parity(dtype, block_size, top_k):
 def test_chunks_of_longer_keys(block_size):
     lengths_q, lengths_k = [5, 0, 20, 1], [60, 9, 95, 40]
     check_engine("triton", states(lengths_q, lengths_k, 3, 1, 20), cu(lengths_q), cu(lengths_k), block_size, 3)
+
+
+@inside
+def test_few_queries_of_long_sequences(monkeypatch):
+    """What lies between the queries' own blocks is not read, where a tile of rows spans sequences, nor scored."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    lengths_q, lengths_k = [2, 0, 1, 3, 1], [150, 170, 400, 90, 7]
+    query, key, value = states(lengths_q, lengths_k, 4, 2, 16)
+    triton, where = engines.load("triton"), (cu(lengths_q), cu(lengths_k), 8)
+    products, create_dot = [], interpreter_builder.create_dot
+    with monkeypatch.context() as patch:
+        patch.setattr(interpreter_builder, "create_dot", lambda *given: products.append(0) or create_dot(*given))
+        selected = triton.select(query, key, *where, 2)
+    assert torch.equal(selected, routing.select(query, key, *where, 2))
+    # 18, 49 and 11 past blocks, 32 at a time, for two heads; from the first block to the last there are 99
+    assert len(products) == 2 * (1 + 2 + 1)
+
+    def results(key, value):
+        output, lse = triton.forward(query, key, value, selected, *where, 0.25)
+        return output, lse, *triton.backward(output, query, key, value, output, lse, selected, *where, 0.25)
+
+    expected = results(key, value)
+    unread = torch.ones(key.shape[:2], dtype=torch.bool)
+    first_q = first_k = 0
+    for queries, keys in zip(lengths_q, lengths_k):
+        for token in range(first_q, first_q + queries):
+            own = (keys - first_q - queries + token) // 8
+            for head in range(4):
+                for block in [own, *(b for b in selected[token, head].tolist() if b >= 0)]:
+                    unread[first_k + block * 8 : first_k + min(block * 8 + 8, keys), head // 2] = False
+        first_q, first_k = first_q + queries, first_k + keys
+    assert unread.float().mean() > 0.5
+    poisoned = [x.masked_fill(unread[..., None], float("nan")) for x in (key, value)]
+    for ours, clean in zip(results(*poisoned), expected):
+        assert torch.equal(ours, clean)
 
 
 @inside
@@ -89,6 +131,16 @@ def test_selection(slots):
 
 
 @inside
+def test_selection_of_many_blocks():
+    """Fewer rows at a time, so that the blocks kept stay in registers; beyond that a clear error."""
+    query, key, _ = states([4], [310], 2, 1, 16)
+    where = (query, key, cu([4]), cu([310]), 2)
+    assert torch.equal(engines.load("triton").select(*where, 140), routing.select(*where, 140))
+    with pytest.raises(ValueError, match="top_k must be at most 513 .* but was 514; engine='blockwise' takes it"):
+        engines.load("triton").select(*where, 513)
+
+
+@inside
 def test_selection_where_a_tile_of_rows_spans_documents():
     """The second document has no past block, and shares a tile of rows with queries that have many."""
     lengths = [270, 4]
@@ -117,6 +169,54 @@ def test_a_head_beyond_2_to_the_31_elements(which):
     far = torch.empty(2 * stride + 40 * 16, dtype=torch.float16).as_strided((40, 3, 16), (16, stride, 1))
     tensors[which] = far.copy_(tensors[which])
     assert all(torch.equal(one, two) for one, two in zip(results(**tensors), expected))
+
+
+def last_two_tokens(monkeypatch, query, key, value, selected):
+    """Output, lse, dQ, dK and dV of the last two queries of one sequence alone; blocks of 64, dK and dV not rounded."""
+    from moba_hf.ops.kernels import attention_backward, attention_forward
+    from moba_hf.ops.kernels.backward_settings import backward_settings
+    from moba_hf.ops.kernels.forward_settings import forward_settings
+
+    total, shape = query.shape[0], ((8, 6), query.dtype, query.shape[2], 64)
+    last = range(total - 2, total)
+    monkeypatch.setattr(attention_forward, "token_passes", lambda *_: [last])
+    layout = BlockLayout.build(cu([total]), cu([total]), total, total, 64)
+    call = (selected, layout, 64, 0.25, forward_settings(*shape), False)
+    output, lse = attention_forward.forward_pass(query, key, value, *call)
+    position, total_k = layout.query_position, key.shape[0]
+    where = (selected, position - position % 64, position, layout.block_start, 64, 0.25, backward_settings(*shape))
+    backward = attention_backward.Backward(query, key, value, query, lse, lse, *where)
+    dq = torch.empty_like(query)
+    sums = [torch.zeros(key.shape[1], total_k, query.shape[2]) for _ in "kv"]
+    attention_backward._query_pass(backward, layout, last, range(key.shape[1]), sums, dq, False)
+    return output[-2:], lse[-2:], dq[-2:], *sums
+
+
+@inside
+def test_tokens_beyond_2_to_the_31_elements(monkeypatch, tmp_path):
+    """4M tokens in a buffer of 6 · 10⁹ elements, 2 · 10⁹ of them queries and as many selected blocks; a sparse file.
+
+    The two last tokens get what they get where the blocks they attend are all there is.
+    """
+    tokens, heads, slots = 2**22 + 16, 32, 16
+    blocks = torch.arange(slots) * 300 + 2**16 - 5000
+    attended = torch.cat([(blocks[:, None] * 64 + torch.arange(64)).flatten(), torch.arange(2**22, tokens)])
+    small = torch.randn(len(attended), 96, 16, generator=torch.Generator().manual_seed(0)).half()
+    selected = torch.arange(slots, dtype=torch.int32).expand(len(attended), heads, slots).contiguous()
+    split = lambda x: (x[:, :32], x[:, 32:33], x[:, 33:34])  # noqa: E731
+    expected = last_two_tokens(monkeypatch, *split(small), selected)
+
+    def sparse(name, dtype, *shape):
+        size = torch.Size(shape).numel()
+        return torch.from_file(str(tmp_path / name), shared=True, size=size, dtype=dtype).view(shape)
+
+    large, chosen = sparse("states", torch.float16, tokens, 96, 16), sparse("blocks", torch.int32, tokens, heads, slots)
+    large[attended] = small
+    chosen[-2:] = blocks
+    *results, dk, dv = last_two_tokens(monkeypatch, *split(large), chosen)
+    assert large.numel() > 2**32 and chosen.numel() > 2**31
+    for ours, theirs in zip((*results, dk[:, attended], dv[:, attended]), expected):
+        assert torch.equal(ours, theirs) and ours.abs().max() > 0
 
 
 @inside
@@ -171,6 +271,22 @@ def test_block_layout(lengths, beyond):
         assert torch.equal(getattr(ours, name)[known], getattr(expected, name)[known])
 
 
+@inside
+def test_compiles_to_one_graph():
+    """The kernels are opaque operators with shapes known beforehand: no graph break, equal results and gradients."""
+    tensors = [x.requires_grad_() for x in states([60, 0, 5], [60, 0, 5], 4, 2, 16)]
+    where = dict(block_size=16, top_k=2, cu_seqlens_q=cu([60, 0, 5]), cu_seqlens_k=cu([60, 0, 5]), engine="triton")
+    compiled = torch.compile(moba_attention, backend="aot_eager", fullgraph=True)
+    for ours, eager in zip(
+        *(_with_gradients(attend(*tensors, **where), tensors) for attend in (compiled, moba_attention))
+    ):
+        assert torch.equal(ours, eager)
+
+
+def _with_gradients(output, tensors):
+    return output, *torch.autograd.grad(output.sum(), tensors)
+
+
 class _NoSync(TorchDispatchMode):
     """Raises where the host would wait for a device value."""
 
@@ -186,7 +302,7 @@ class _NoSync(TorchDispatchMode):
 @inside
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_nothing_waits_for_the_device(deterministic):
-    """Routing, forward and backward never read a device value; on a GPU test_gpu.py captures them in a graph."""
+    """Routing, forward, backward and decoding never read a device value; on a GPU graphs are captured of them."""
     lengths = [50, 0, 20]
     query, key, value = states(lengths, lengths, 2, 1, 16)
     triton, where = engines.load("triton"), (cu(lengths), cu(lengths), 16)
@@ -198,6 +314,9 @@ def test_nothing_waits_for_the_device(deterministic):
             selected = triton.select(query, key, *where, 2)
             output, lse = triton.forward(query, key, value, selected, *where, 0.25)
             triton.backward(output, query, key, value, output, lse, selected, *where, 0.25)
+            states_ = [x.transpose(0, 1)[None] for x in (query[-3:], key, value)]
+            starts, means = torch.zeros(1, dtype=torch.int64), states_[1].unflatten(2, (7, 10)).mean(3)
+            cached_attention(*states_, means, starts, block_size=10, top_k=2, engine="triton")
     finally:
         torch.use_deterministic_algorithms(False)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import os
 
 import torch
 
@@ -34,7 +35,7 @@ def providers(dtype: torch.dtype, head_dim: int) -> dict[str, str | None]:
 def launch_settings(
     capability: tuple[int, int], dtype: torch.dtype, head_dim: int, block_size: int
 ) -> dict[str, dict] | None:
-    """The Triton kernels' fixed launch settings on a GPU of that compute capability; None without triton."""
+    """The Triton kernels' launch settings in force on a GPU of that compute capability; None without triton."""
     if importlib.util.find_spec("triton") is None:
         return None
     from .kernels.backward_settings import backward_settings
@@ -45,3 +46,14 @@ def launch_settings(
         "forward": dataclasses.asdict(forward_settings(*shape)),
         "backward": dataclasses.asdict(backward_settings(*shape)),
     }
+
+
+def tuned_launch_settings(capability: tuple[int, int], dtype: torch.dtype, head_dim: int, block_size: int) -> str:
+    """Where those settings come from: the fixed table, or the file that MOBA_HF_LAUNCH_SETTINGS names."""
+    from .kernels.tuned_tiles import ROLES, VARIABLE, tuned_tiles
+
+    found = [role for direction in ROLES for role in tuned_tiles(direction, capability, dtype, head_dim, block_size)]
+    path = os.environ.get(VARIABLE)
+    if not path:
+        return "the fixed table"
+    return f"{path}: {', '.join(found)}" if found else f"the fixed table; {path} has none for this shape"

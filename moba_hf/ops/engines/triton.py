@@ -5,6 +5,7 @@ torch.use_deterministic_algorithms(True) gradients, too, are bitwise reproducibl
 on the current device, not the tensors' own, which may differ where layers are spread over GPUs: hence `device_of`.
 """
 
+import importlib.metadata
 import importlib.util
 import os
 
@@ -21,7 +22,22 @@ def unavailable() -> str | None:
         return "triton is not installed; pip install 'moba_hf[triton]'"
     if not torch.cuda.is_available() and not _interpreted():
         return "it needs a CUDA device (or TRITON_INTERPRET=1, Triton's slow interpreter, for tests)"
+    return interpreter_problem() if _interpreted() else None
+
+
+def interpreter_problem() -> str | None:
+    """Why the kernels cannot run in this Triton's interpreter, with the remedy; None when they can.
+
+    Triton 3.6 makes a loop's bound an integer by int(array of one element), which NumPy 2.4 refuses.
+    """
+    triton, numpy = (".".join(importlib.metadata.version(name).split(".")[:2]) for name in ("triton", "numpy"))
+    if _number(triton) < (3, 7) and _number(numpy) >= (2, 4):
+        return f"Triton {triton}'s interpreter stops at NumPy {numpy}; pip install 'triton>=3.7' or 'numpy<2.4'"
     return None
+
+
+def _number(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
 
 
 def unsupported(device: str, dtype: torch.dtype, head_dim: int) -> str | None:

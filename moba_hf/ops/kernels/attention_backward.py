@@ -20,8 +20,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .backward_settings import BackwardSettings, Tile
-from .bucket_sort import bucket_tiles, sort_by_block
+from .backward_settings import BackwardSettings
+from .bucket_sort import bucket_tiles, sort_by_block, sort_bytes
+from .tuned_tiles import Tile
 from .workspace import head_passes, token_passes
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -224,14 +225,15 @@ def own_block_queries_kernel(
     q_token, q_head, k_token, k_head, v_token, v_head, do_token, do_head, dq_token, dq_head,
     partial_head, first_token, end_token, first_kv_head, total_k, heads, scale, scale_log2,
     GROUP: tl.constexpr, SLOTS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """dQ: the own block's part, causal, plus the partials of the selected blocks in slot order (steps 4 and 5).
 
     Program (i, h) owns ROWS rows of KV head first_kv_head + h. q, do, dq: [total_q, heads, HEAD_DIM];
     k, v: [total_k, kv_heads, HEAD_DIM]; lse, delta: float32 [total_q, heads]; own_start, key_row: int32 [total_q];
     selected: int32 [total_q, heads, SLOTS], −1 where there is no block, whose partial was never written;
-    partial: [kv heads of the pass, entries, HEAD_DIM], read once; dq: every row of the range written once.
+    partial: [kv heads of the pass, entries, HEAD_DIM], read once; dq: every row of the range written once. CHUNKS: as
+    in `own_block_merge_kernel`.
     """
     slice_head = tl.program_id(1).to(tl.int64)
     kv_head = (first_kv_head + tl.program_id(1)).to(tl.int64)
@@ -249,18 +251,22 @@ def own_block_queries_kernel(
     lse = tl.load(lse_ptr + token * heads + head, mask=in_sequence, other=float("inf")) * LOG2_E
     delta = tl.load(delta_ptr + token * heads + head, mask=in_sequence, other=0.0)
     dq = tl.zeros([ROWS, WIDTH], tl.float32)
-    end = tl.max(tl.where(in_sequence, key_row + 1, 0), 0)
-    for first in tl.range(tl.min(own_start, 0), end, KEYS, num_stages=STAGES, disable_licm=True):
-        key = first + tl.arange(0, KEYS)
-        key_mask = (key < end)[:, None] & (d < HEAD_DIM)[None, :]
-        key64 = key[:, None].to(tl.int64)
-        k = tl.load(k_ptr + key64 * k_token + kv_head * k_head + d[None, :], mask=key_mask, other=0.0)
-        v = tl.load(v_ptr + key64 * v_token + kv_head * v_head + d[None, :], mask=key_mask, other=0.0)
-        visible = (own_start[:, None] <= key[None, :]) & (key[None, :] <= key_row[:, None])
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
-        p = tl.where(visible, tl.math.exp2(scores - lse[:, None]), 0.0)
-        ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
-        dq = tl.dot(ds.to(q.dtype), k, dq, input_precision="ieee")
+    start, end = tl.min(own_start, 0), tl.max(tl.where(in_sequence, key_row + 1, 0), 0)
+    k_ptr += kv_head * k_head
+    v_ptr += kv_head * v_head
+    if CHUNKS:
+        while start < end:
+            ends = tl.where(own_start == start, key_row, -1)  # rows of the other blocks see none of these keys
+            dq = _add_own_queries(
+                q, do, k_ptr, v_ptr, k_token, v_token, lse, delta, start, tl.max(ends, 0) + 1, own_start, ends,
+                scale_log2, dq, HEAD_DIM, WIDTH, KEYS, STAGES,
+            )  # fmt: skip
+            start = tl.min(tl.where(own_start > start, own_start, total_k), 0)
+    else:
+        dq = _add_own_queries(
+            q, do, k_ptr, v_ptr, k_token, v_token, lse, delta, start, end, own_start, key_row, scale_log2, dq,
+            HEAD_DIM, WIDTH, KEYS, STAGES,
+        )  # fmt: skip
     dq = dq * scale
     partial_ptr += slice_head * partial_head
     for slot in tl.range(0, SLOTS, num_stages=2):
@@ -270,6 +276,27 @@ def own_block_queries_kernel(
         dq += tl.load(partial_ptr + entry[:, None] * HEAD_DIM + d[None, :], mask=partial_mask, other=0.0).to(tl.float32)
     out = (token * dq_token + head * dq_head)[:, None] + d[None, :]
     tl.store(dq_ptr + out, dq.to(dq_ptr.dtype.element_ty), mask=row_mask)
+
+
+@triton.jit
+def _add_own_queries(
+    q, do, k_ptr, v_ptr, k_token, v_token, lse, delta, start, end, own_start, key_row, scale_log2, dq,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dq / scale with the part of the keys start … end − 1, of which a row attends own_start … key_row."""
+    d = tl.arange(0, WIDTH)
+    for first in tl.range(start, end, KEYS, num_stages=STAGES, disable_licm=True):
+        key = first + tl.arange(0, KEYS)
+        key_mask = (key < end)[:, None] & (d < HEAD_DIM)[None, :]
+        key64 = key[:, None].to(tl.int64)
+        k = tl.load(k_ptr + key64 * k_token + d[None, :], mask=key_mask, other=0.0)
+        v = tl.load(v_ptr + key64 * v_token + d[None, :], mask=key_mask, other=0.0)
+        visible = (own_start[:, None] <= key[None, :]) & (key[None, :] <= key_row[:, None])
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        p = tl.where(visible, tl.math.exp2(scores - lse[:, None]), 0.0)
+        ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
+        dq = tl.dot(ds.to(q.dtype), k, dq, input_precision="ieee")
+    return dq
 
 
 # ---- launchers -----------------------------------------------------------------------------------------------------
@@ -391,12 +418,12 @@ def past_block_queries(call: Backward, buckets, tiles, tokens, kv_heads, partial
 
 def own_block_queries(call: Backward, tokens, kv_heads, partials, grad_query) -> None:
     """Write dQ of the queries `tokens` and the heads of `kv_heads`: own blocks plus the partials."""
-    tile, group = call.settings.own_queries, call.query.shape[1] // call.key.shape[1]
+    tile, total_k, group = call.settings.own_queries, call.key.shape[0], call.query.shape[1] // call.key.shape[1]
     own_block_queries_kernel[(triton.cdiv(len(tokens) * group, tile.rows), len(kv_heads))](
         *call.tensors(), call.own_start, call.key_row, call.selected_blocks, partials, grad_query,
         *call.strides(), *grad_query.stride()[:2], partials.stride(0), tokens.start, tokens.stop, kv_heads.start,
-        call.key.shape[0], call.query.shape[1],
-        SLOTS=call.selected_blocks.shape[2], **call.scales(), **call.shapes(tile),
+        total_k, call.query.shape[1],
+        SLOTS=call.selected_blocks.shape[2], CHUNKS=call.query.shape[0] < total_k, **call.scales(), **call.shapes(tile),
     )  # fmt: skip
 
 
@@ -415,18 +442,30 @@ def backward_pass(
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)]
     kv_heads, head_dim = key.shape[1:]
     entries_per_token = query.shape[1] // kv_heads * selected_blocks.shape[2]
-    token_bytes = entries_per_token * head_dim * query.element_size()
+    sorting = sort_bytes(layout.block_start.shape[0], deterministic)
+    token_bytes = entries_per_token * (head_dim * query.element_size() + sorting)
     for heads in head_passes(kv_heads, max(query.shape[0] * token_bytes, key.shape[0] * head_dim * 8)):
-        sums = [torch.empty((len(heads), key.shape[0], head_dim), dtype=torch.float32, device=key.device) for _ in "kv"]
-        own_block_keys(call, heads, *sums)
-        for tokens in token_passes(query.shape[0], len(heads) * token_bytes):
-            partials = query.new_empty((len(heads), len(tokens) * entries_per_token, head_dim))
-            if partials.numel() and call.block_start.numel():
-                _past_blocks(call, layout, tokens, heads, partials, *sums, deterministic)
-            own_block_queries(call, tokens, heads, partials, grads[0])
-        for grad, total in zip(grads[1:], sums):
-            grad[:, heads.start : heads.stop].copy_(total.transpose(0, 1))
+        _head_pass(call, layout, heads, len(heads) * token_bytes, grads, deterministic)
     return tuple(grads)
+
+
+def _head_pass(call: Backward, layout, heads: range, token_bytes: int, grads, deterministic: bool) -> None:
+    """Some KV heads, in passes over queries. Temporaries are local here and below, gone before the next are made."""
+    total_k, _, head_dim = call.key.shape
+    sums = [torch.empty((len(heads), total_k, head_dim), dtype=torch.float32, device=call.key.device) for _ in "kv"]
+    own_block_keys(call, heads, *sums)
+    for tokens in token_passes(call.query.shape[0], token_bytes):
+        _query_pass(call, layout, tokens, heads, sums, grads[0], deterministic)
+    for grad, total in zip(grads[1:], sums):
+        grad[:, heads.start : heads.stop].copy_(total.transpose(0, 1))
+
+
+def _query_pass(call: Backward, layout, tokens: range, heads: range, sums, grad_query, deterministic: bool) -> None:
+    entries = len(tokens) * call.query.shape[1] // call.key.shape[1] * call.selected_blocks.shape[2]
+    partials = call.query.new_empty((len(heads), entries, call.query.shape[2]))
+    if entries and call.block_start.numel():
+        _past_blocks(call, layout, tokens, heads, partials, *sums, deterministic)
+    own_block_queries(call, tokens, heads, partials, grad_query)
 
 
 def _past_blocks(call: Backward, layout, tokens, kv_heads, partials, grad_key, grad_value, deterministic: bool) -> None:

@@ -6,16 +6,16 @@ computes each row's own block and merges the partials into it in slot order. Row
 `bucket_sort`; log-sum-exps of partials are in base 2.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 
 from ..blocks import BlockLayout
-from .backward_settings import Tile
-from .bucket_sort import bucket_tiles, sort_by_block
+from .bucket_sort import bucket_tiles, sort_by_block, sort_bytes
 from .forward_settings import ForwardSettings
+from .tuned_tiles import Tile
 from .workspace import head_passes, token_passes
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -137,7 +137,7 @@ def own_block_merge_kernel(
     q_token, q_head, k_token, k_head, v_token, v_head, partial_head, first_token, end_token, first_kv_head, total_k,
     heads, scale_log2,
     GROUP: tl.constexpr, SLOTS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """The own block, causal (step 3), and the partials of the selected blocks merged into it (steps 4 and 5).
 
@@ -145,7 +145,8 @@ def own_block_merge_kernel(
     contiguous; k, v: [total_k, kv_heads, HEAD_DIM]; own_start, key_row: int32 [total_q], first and last key row of the
     own block's part, total_k and −1 for rows of no sequence; selected: int32 [total_q, heads, SLOTS], −1 where there is
     no block, whose partial was never written; partial, partial_lse: as in `past_block_kernel`; lse: float32 [total_q,
-    heads], natural logarithm. Every row of the range is written once.
+    heads], natural logarithm. Every row of the range is written once. CHUNKS: queries are fewer than keys, so rows of
+    several sequences may lie far apart: one own block after the other, rather than all keys from first to last.
     """
     slice_head = tl.program_id(1).to(tl.int64)
     kv_head = (first_kv_head + tl.program_id(1)).to(tl.int64)
@@ -162,22 +163,20 @@ def own_block_merge_kernel(
     high = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     output = tl.zeros([ROWS, WIDTH], tl.float32)
-    last = tl.max(key_row, 0)  # keys after it may belong to no sequence and hold NaN, which a weight of 0 would keep
-    for first in tl.range(tl.min(own_start, 0), last + 1, KEYS, num_stages=STAGES):
-        key = first + tl.arange(0, KEYS)
-        key_mask = (key <= last)[:, None] & (d < HEAD_DIM)[None, :]
-        key64 = key[:, None].to(tl.int64)
-        k = tl.load(k_ptr + key64 * k_token + d[None, :], mask=key_mask, other=0.0)
-        v = tl.load(v_ptr + key64 * v_token + d[None, :], mask=key_mask, other=0.0)
-        visible = (own_start[:, None] <= key[None, :]) & (key[None, :] <= key_row[:, None])
-        scores = tl.where(visible, tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2, float("-inf"))
-        higher = tl.maximum(high, tl.max(scores, 1))
-        finite = tl.where(higher == float("-inf"), 0.0, higher)
-        p = tl.math.exp2(scores - finite[:, None])
-        shrink = tl.math.exp2(high - finite)
-        total = total * shrink + tl.sum(p, 1)
-        output = tl.dot(p.to(v.dtype), v, output * shrink[:, None], input_precision="ieee")
-        high = higher
+    start, last = tl.min(own_start, 0), tl.max(key_row, 0)
+    if CHUNKS:
+        while start <= last:
+            ends = tl.where(own_start == start, key_row, -1)  # rows of the other blocks see none of these keys
+            high, total, output = _attend_range(
+                q, k_ptr, v_ptr, k_token, v_token, start, tl.max(ends, 0), own_start, ends, scale_log2, high, total,
+                output, HEAD_DIM, WIDTH, KEYS, STAGES,
+            )  # fmt: skip
+            start = tl.min(tl.where(own_start > start, own_start, total_k), 0)
+    else:
+        high, total, output = _attend_range(
+            q, k_ptr, v_ptr, k_token, v_token, start, last, own_start, key_row, scale_log2, high, total, output,
+            HEAD_DIM, WIDTH, KEYS, STAGES,
+        )  # fmt: skip
     entry = slice_head * partial_head + row.to(tl.int64) * SLOTS
     for slot in tl.range(0, SLOTS, num_stages=2):  # unrolled, the loads of all slots would spill
         block = tl.load(selected_ptr + (token * heads + head) * SLOTS + slot, mask=taken, other=-1)
@@ -197,6 +196,34 @@ def own_block_merge_kernel(
     out = token * heads + head
     tl.store(output_ptr + out[:, None] * HEAD_DIM + d[None, :], output.to(output_ptr.dtype.element_ty), mask=row_mask)
     tl.store(lse_ptr + out, lse * LN_2, mask=taken)
+
+
+@triton.jit
+def _attend_range(
+    q, k_ptr, v_ptr, k_token, v_token, start, last, own_start, key_row, scale_log2, high, total, output,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Attention over the keys start … last, of which a row sees own_start … key_row, added to the running softmax.
+
+    Keys after the last may belong to no sequence and hold NaN, which a weight of 0 would keep: they are not read.
+    """
+    d = tl.arange(0, WIDTH)
+    for first in tl.range(start, last + 1, KEYS, num_stages=STAGES):
+        key = first + tl.arange(0, KEYS)
+        key_mask = (key <= last)[:, None] & (d < HEAD_DIM)[None, :]
+        key64 = key[:, None].to(tl.int64)
+        k = tl.load(k_ptr + key64 * k_token + d[None, :], mask=key_mask, other=0.0)
+        v = tl.load(v_ptr + key64 * v_token + d[None, :], mask=key_mask, other=0.0)
+        visible = (own_start[:, None] <= key[None, :]) & (key[None, :] <= key_row[:, None])
+        scores = tl.where(visible, tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2, float("-inf"))
+        higher = tl.maximum(high, tl.max(scores, 1))
+        finite = tl.where(higher == float("-inf"), 0.0, higher)
+        p = tl.math.exp2(scores - finite[:, None])
+        shrink = tl.math.exp2(high - finite)
+        total = total * shrink + tl.sum(p, 1)
+        output = tl.dot(p.to(v.dtype), v, output * shrink[:, None], input_precision="ieee")
+        high = higher
+    return high, total, output
 
 
 # ---- launchers -----------------------------------------------------------------------------------------------------
@@ -270,10 +297,13 @@ def past_blocks(call: Forward, buckets, tokens: range, kv_heads: range, partial,
 def own_block_merge(call: Forward, tokens: range, kv_heads: range, partial, partial_lse, output, lse) -> None:
     """Write output and lse of the queries `tokens` and the heads of `kv_heads`: own blocks merged with the partials."""
     tile, group = call.settings.own, call.query.shape[1] // call.key.shape[1]
+    chunks = call.query.shape[0] < call.key.shape[0]
+    if chunks:  # the loop over own blocks takes registers: 48 spilled with 128 rows on sm_90
+        tile = replace(tile, rows=min(tile.rows, 64))
     own_block_merge_kernel[(triton.cdiv(len(tokens) * group, tile.rows), len(kv_heads))](
         *call.tensors(), call.own_start, call.key_row, call.selected_blocks, partial, partial_lse, output, lse,
         *call.strides(), partial.shape[1], tokens.start, tokens.stop, kv_heads.start, call.key.shape[0],
-        call.query.shape[1], call.scale * LOG2_E.value, **call.shapes(tile),
+        call.query.shape[1], call.scale * LOG2_E.value, CHUNKS=chunks, **call.shapes(tile),
     )  # fmt: skip
 
 
@@ -288,16 +318,22 @@ def forward_pass(query, key, value, selected_blocks, layout, block_size, scale, 
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty((total_q, heads), dtype=torch.float32, device=query.device)
     entries_per_token = heads // kv_heads * selected_blocks.shape[2]
-    token_bytes = entries_per_token * (head_dim * query.element_size() + 4)
+    token_bytes = entries_per_token * (head_dim * query.element_size() + 4 + sort_bytes(n_blocks, deterministic))
     for head_pass in head_passes(kv_heads, total_q * token_bytes):
         for tokens in token_passes(total_q, len(head_pass) * token_bytes):
-            entries = len(tokens) * entries_per_token
-            partial = query.new_empty((len(head_pass), entries, head_dim))
-            partial_lse = lse.new_empty((len(head_pass), entries))
-            if entries and n_blocks:
-                buckets = sort_by_block(
-                    call.selected_blocks, layout, tokens, head_pass, kv_heads, n_blocks, deterministic
-                )
-                past_blocks(call, buckets, tokens, head_pass, partial, partial_lse)
-            own_block_merge(call, tokens, head_pass, partial, partial_lse, output, lse)
+            _pass(call, tokens, head_pass, output, lse, deterministic)
     return output, lse
+
+
+def _pass(call: Forward, tokens: range, kv_heads: range, output, lse, deterministic: bool) -> None:
+    """One pass. A function of its own, so that its temporaries are gone before those of the next one are made."""
+    n_blocks, group = call.layout.block_start.shape[0], call.query.shape[1] // call.key.shape[1]
+    entries = len(tokens) * group * call.selected_blocks.shape[2]
+    partial = output.new_empty((len(kv_heads), entries, output.shape[2]))
+    partial_lse = lse.new_empty((len(kv_heads), entries))
+    if entries and n_blocks:
+        buckets = sort_by_block(
+            call.selected_blocks, call.layout, tokens, kv_heads, call.key.shape[1], n_blocks, deterministic
+        )
+        past_blocks(call, buckets, tokens, kv_heads, partial, partial_lse)
+    own_block_merge(call, tokens, kv_heads, partial, partial_lse, output, lse)

@@ -1,4 +1,4 @@
-"""Launch settings of the backward kernels: a fixed table, no tuning at run time.
+"""Launch settings of the backward kernels: a fixed table, or tiles that the user has measured (`tuned_tiles`).
 
 What bounds a tile, on 8 warps with head_dim 128 (`docs/kernels.md` has the compiled figures): dK and dV of 128 keys
 take 128 of a thread's 255 registers, scores and their gradient for 64 rows another 64. Shared memory holds K and V of
@@ -10,19 +10,11 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from .tuned_tiles import ROLES, Tile, tuned_tiles
+
 SHARED_KB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
 _LARGEST_FUSED_BLOCK = 128  # beyond it, one tile of keys no longer is a block, and dQ has a kernel of its own
 _ROWS_PER_PROGRAM = 4096  # an attention sink sends every row to one block: the bucket is split over programs
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How one kernel is launched: rows × keys per step of its loop, warps per program, loads in flight."""
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
 
 
 @dataclass(frozen=True)
@@ -44,27 +36,33 @@ class BackwardSettings:
 def backward_settings(
     capability: tuple[int, int], dtype: torch.dtype, head_dim: int, block_size: int
 ) -> BackwardSettings:
-    """The table: by what a GPU of this compute capability can hold on chip, the width of a row, and the block."""
+    """The table, but for the tiles of the user's own file."""
+    tiles = table(capability, dtype, head_dim, block_size)
+    return with_tiles(tiles | tuned_tiles("backward", capability, dtype, head_dim, block_size), block_size)
+
+
+def table(capability, dtype, head_dim: int, block_size: int) -> dict[str, Tile]:
+    """Tiles by what a GPU of this compute capability can hold on chip, the width of a row, and the block."""
     width = max(16, triton.next_power_of_2(head_dim))
     row_bytes = width * dtype.itemsize
     shared = SHARED_KB.get(capability, 99)
     if dtype == torch.float32:  # plain FMA in float32: small tiles, whatever the GPU
         size = 32 if width <= 128 else 16
         tile = Tile(size, size, 4, 1)
-        return _settings(tile, tile, tile, tile, block_size)
+        return _tiles(tile, tile, tile, tile)
     if shared < 227:
-        return _ampere(row_bytes, shared, block_size)
+        return _ampere(row_bytes, shared)
     if width <= 64:
-        return _settings(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), block_size)
+        return _tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2))
     if width <= 128:  # the fastest of six and more settings each on an H100: docs/kernels.md
         past_keys = Tile(64, 128, 8, 3 if block_size <= _LARGEST_FUSED_BLOCK else 2)
         if capability[0] > 9 and block_size <= _LARGEST_FUSED_BLOCK:
             past_keys = Tile(64, 64, 8, 2)  # five matmuls with 128 keys need 576 columns of tensor memory, of 512
-        return _settings(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), past_keys, Tile(128, 32, 8, 2), block_size)
-    return _settings(Tile(32, 64, 8, 1), Tile(64, 32, 8, 2), Tile(32, 64, 8, 1), Tile(64, 32, 8, 2), block_size)
+        return _tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), past_keys, Tile(128, 32, 8, 2))
+    return _tiles(Tile(32, 64, 8, 1), Tile(64, 32, 8, 2), Tile(32, 64, 8, 1), Tile(64, 32, 8, 2))
 
 
-def _ampere(row_bytes: int, shared: int, block_size: int) -> BackwardSettings:
+def _ampere(row_bytes: int, shared: int) -> dict[str, Tile]:
     """mma.sync holds its operands in registers as well: half the keys of a Hopper tile, at most one stage of loads."""
     if row_bytes <= 128:
         keys, queries = Tile(32, 64, 4, 1), Tile(32, 64, 4, 2)  # 64 rows: 32 registers and 900 spilled on sm_80
@@ -72,13 +70,21 @@ def _ampere(row_bytes: int, shared: int, block_size: int) -> BackwardSettings:
         keys, queries = Tile(32, 64, 8, 2 if shared > 99 else 1), Tile(64, 32, 4, 2)
     else:
         keys, queries = Tile(16, 32, 8, 1), Tile(32, 16, 4, 1)
-    return _settings(keys, queries, keys, queries, block_size)
+    return _tiles(keys, queries, keys, queries)
 
 
-def _settings(own_keys, own_queries, past_keys, past_queries, block_size: int) -> BackwardSettings:
-    """Small blocks take no more keys than they have, and are fused where a tile of keys holds one."""
+def _tiles(*tiles: Tile) -> dict[str, Tile]:
+    return dict(zip(ROLES["backward"], tiles, strict=True))
+
+
+def with_tiles(tiles: dict[str, Tile], block_size: int) -> BackwardSettings:
+    """Settings of these tiles, by the kernels' names.
+
+    Small blocks take no more keys than they have, and are fused where a tile of keys holds one.
+    """
+    past_keys = tiles["past_keys"]
     whole = max(16, triton.next_power_of_2(block_size))
     fused = block_size <= _LARGEST_FUSED_BLOCK and whole <= past_keys.keys
     if fused:
         past_keys = Tile(past_keys.rows, whole, past_keys.warps, past_keys.stages)
-    return BackwardSettings(own_keys, own_queries, past_keys, past_queries, fused)
+    return BackwardSettings(**tiles | {"past_keys": past_keys}, fused=fused)

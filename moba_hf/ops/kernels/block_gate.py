@@ -4,6 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
+_KEPT = 8192  # rows · slots a program keeps, in registers: 16384 spill 140 of them on sm_90
+_MOST_SLOTS = _KEPT // 16  # a matrix product takes no fewer rows
+
 
 @triton.jit
 def block_means_kernel(
@@ -35,7 +38,7 @@ def gate_kernel(
     q_ptr, means_ptr, position_ptr, first_block_ptr, selected_ptr,
     q_token, q_head, total_rows, heads, kv_heads, block_size,
     GROUP: tl.constexpr, SLOTS: tl.constexpr, SLOTS_WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCKS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """The SLOTS best past blocks of ROWS rows (token, head of the group) of one KV head.
 
@@ -43,6 +46,7 @@ def gate_kernel(
     best so far in registers; a block enters only if its score is strictly higher than the lowest kept, so of equal
     scores the newest stay. q: [total_q, heads, HEAD_DIM]; means: [n_blocks, kv_heads, HEAD_DIM]; position,
     first_block: int32 [total_q]; selected: int32 [total_q, heads, SLOTS], every element written: ascending, then −1.
+    CHUNKS: queries are fewer than keys, so rows of several sequences may lie far apart: one sequence after the other.
     """
     kv_head = tl.program_id(1)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -66,12 +70,43 @@ def gate_kernel(
     # Blocks from first_of_all to last_of_all are candidates of every row; none are where a row has no candidate.
     first_of_all = tl.max(tl.where(some, first, 0), 0)
     last_of_all = tl.min(tl.where(inside, tl.where(some, last, 0), 2147483647), 0)
-    column = tl.arange(0, BLOCKS)
+    means_ptr += kv_head.to(tl.int64) * HEAD_DIM
+    if CHUNKS:
+        while lowest < highest:
+            ends = tl.where(some & (first == lowest), last, 0)  # rows of the other sequences may choose none of these
+            best, chosen, threshold = _keep_best(
+                q, means_ptr, kv_heads, lowest, tl.max(ends, 0), first, ends, first_of_all, last_of_all, best, chosen,
+                threshold, HEAD_DIM, WIDTH, BLOCKS,
+            )  # fmt: skip
+            lowest = tl.min(tl.where(some & (first > lowest), first, 2147483647), 0)
+    else:
+        best, chosen, threshold = _keep_best(
+            q, means_ptr, kv_heads, lowest, highest, first, last, first_of_all, last_of_all, best, chosen, threshold,
+            HEAD_DIM, WIDTH, BLOCKS,
+        )  # fmt: skip
+
+    empty = chosen < 0
+    local = tl.sort(tl.where(empty, 2147483647, chosen - first[:, None]))
+    local = tl.where(local == 2147483647, -1, local)
+    out = (token * heads + head)[:, None] * SLOTS + slot
+    tl.store(selected_ptr + out, local, mask=inside[:, None] & (slot < SLOTS))
+
+
+@triton.jit
+def _keep_best(
+    q, means_ptr, kv_heads, lowest, highest, first, last, first_of_all, last_of_all, best, chosen, threshold,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Scan the blocks highest − 1 … lowest, of which each row may choose first … last − 1: what it keeps then.
+
+    best, chosen: score and number of the blocks kept; threshold: the lowest score of them.
+    """
+    column, d = tl.arange(0, BLOCKS), tl.arange(0, WIDTH)
     for i in range(0, tl.maximum(highest - lowest + BLOCKS - 1, 0) // BLOCKS):
         newest = highest - 1 - i * BLOCKS
         block = newest - column  # descending: of equal scores the first column is the most recent block
         mean_mask = (block >= lowest)[:, None] & (d < HEAD_DIM)[None, :]
-        offset = (block[:, None].to(tl.int64) * kv_heads + kv_head) * HEAD_DIM + d[None, :]
+        offset = block[:, None].to(tl.int64) * kv_heads * HEAD_DIM + d[None, :]
         means = tl.load(means_ptr + offset, mask=mean_mask, other=0.0)
         scores = tl.dot(q, tl.trans(means), input_precision="ieee")
         if (newest >= last_of_all) | (newest - BLOCKS + 1 < first_of_all):
@@ -91,12 +126,7 @@ def gate_kernel(
             scores = tl.where(column[None, :] == best_column[:, None], float("-inf"), scores)
             high = tl.max(scores, 1)
             more = tl.max((high > threshold).to(tl.int32), 0)
-
-    empty = chosen < 0
-    local = tl.sort(tl.where(empty, 2147483647, chosen - first[:, None]))
-    local = tl.where(local == 2147483647, -1, local)
-    out = (token * heads + head)[:, None] * SLOTS + slot
-    tl.store(selected_ptr + out, local, mask=inside[:, None] & (slot < SLOTS))
+    return best, chosen, threshold
 
 
 def block_means(key: torch.Tensor, block_start: torch.Tensor, block_size: int) -> torch.Tensor:
@@ -115,20 +145,28 @@ def block_means(key: torch.Tensor, block_start: torch.Tensor, block_size: int) -
 def select_blocks(query, key, layout, block_size: int, slots: int, settings) -> torch.Tensor:
     """Selected past blocks: int32 [total_q, heads, slots], ascending within the sequence, then −1.
 
-    query: [total_q, heads, head_dim]; key: [total_k, kv_heads, head_dim]; layout: `BlockLayout`.
+    query: [total_q, heads, head_dim]; key: [total_k, kv_heads, head_dim]; layout: `BlockLayout`. Raises ValueError
+    for more slots than a program can keep.
     """
+    if slots > _MOST_SLOTS:
+        raise ValueError(
+            f"top_k must be at most {_MOST_SLOTS + 1} for the Triton routing, which keeps them in registers, but was "
+            f"{slots + 1}; engine='blockwise' takes it"
+        )
     total_q, heads, head_dim = query.shape
     kv_heads, group = key.shape[1], heads // key.shape[1]
     selected = torch.empty((total_q, heads, slots), dtype=torch.int32, device=query.device)
     if selected.numel() == 0 or len(layout.block_start) == 0:
         return selected.fill_(-1)
     means = block_means(key, layout.block_start, block_size)
+    width = max(2, triton.next_power_of_2(slots))
+    tile_rows = min(settings.rows, _KEPT // width)
     rows = total_q * group
-    gate_kernel[(triton.cdiv(rows, settings.rows), kv_heads)](
+    gate_kernel[(triton.cdiv(rows, tile_rows), kv_heads)](
         query, means, layout.query_position, layout.first_block, selected,
         *query.stride()[:2], rows, heads, kv_heads, block_size,
-        GROUP=group, SLOTS=slots, SLOTS_WIDTH=max(2, triton.next_power_of_2(slots)), HEAD_DIM=head_dim,
-        WIDTH=max(16, triton.next_power_of_2(head_dim)), ROWS=settings.rows, BLOCKS=settings.keys,
-        num_warps=settings.warps,
+        GROUP=group, SLOTS=slots, SLOTS_WIDTH=width, HEAD_DIM=head_dim,
+        WIDTH=max(16, triton.next_power_of_2(head_dim)), ROWS=tile_rows, BLOCKS=settings.keys,
+        CHUNKS=total_q < key.shape[0], num_warps=settings.warps,
     )  # fmt: skip
     return selected

@@ -12,7 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
-_CHUNK = 4096  # entries counted by one program: its counts are its own, so that no counter is contended by all
+_TILE = 4096  # entries a program counts at a time
+_COUNTERS_PER_ENTRY = 4  # at most, about: tiny blocks would otherwise need more memory for counters than for results
+
+_STABLE_SORT_BYTES = 40  # keys int32 as made, in order and sorted, places int64 and int32, what PyTorch's sort takes
 
 
 @dataclass(frozen=True)
@@ -27,30 +30,32 @@ class Buckets:
     offsets: torch.Tensor
 
 
-@triton.jit(do_not_specialize=["n_entries", "n_blocks", "n_chunks", "first_token", "first_kv_head"])
+@triton.jit(do_not_specialize=["n_entries", "n_blocks", "n_chunks", "chunk_tiles", "first_token", "first_kv_head"])
 def count_kernel(
-    selected_ptr, first_block_ptr, counts_ptr, n_entries, n_blocks, n_chunks, first_token, first_kv_head, heads,
-    GROUP: tl.constexpr, SLOTS: tl.constexpr, CHUNK: tl.constexpr,
+    selected_ptr, first_block_ptr, counts_ptr, n_entries, n_blocks, n_chunks, chunk_tiles, first_token, first_kv_head,
+    heads, GROUP: tl.constexpr, SLOTS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """How often each block was chosen by the entries of one chunk.
 
-    Program (c, h) owns entries c · CHUNK … of KV head first_kv_head + h. selected: int32 [total_q, heads, SLOTS];
-    first_block: int32 [total_q]; counts: int32 [kv heads of the pass, n_blocks, n_chunks], zero before.
+    Program (c, h) owns chunk c, that is chunk_tiles · TILE entries, of KV head first_kv_head + h; its counters are its
+    own, so that none is contended by all. selected: int32 [total_q, heads, SLOTS]; first_block: int32 [total_q];
+    counts: int32 [kv heads of the pass, n_blocks, n_chunks], zero before.
     """
     chunk, slice_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    entry = chunk * CHUNK + tl.arange(0, CHUNK)
-    block = _global_block(
-        selected_ptr, first_block_ptr, entry, entry < n_entries, first_token, first_kv_head + tl.program_id(1), heads,
-        GROUP, SLOTS,
-    )  # fmt: skip
-    counter = (slice_head * n_blocks + block) * n_chunks + chunk
-    tl.atomic_add(counts_ptr + counter, 1, mask=block >= 0, sem="relaxed")
+    for tile in range(0, chunk_tiles):
+        entry = (chunk * chunk_tiles + tile) * TILE + tl.arange(0, TILE)
+        block = _global_block(
+            selected_ptr, first_block_ptr, entry, entry < n_entries, first_token, first_kv_head + tl.program_id(1),
+            heads, GROUP, SLOTS,
+        )  # fmt: skip
+        counter = (slice_head * n_blocks + block) * n_chunks + chunk
+        tl.atomic_add(counts_ptr + counter, 1, mask=block >= 0, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["n_entries", "n_blocks", "n_chunks", "first_token", "first_kv_head"])
+@triton.jit(do_not_specialize=["n_entries", "n_blocks", "n_chunks", "chunk_tiles", "first_token", "first_kv_head"])
 def scatter_kernel(
-    selected_ptr, first_block_ptr, ends_ptr, entries_ptr, n_entries, n_blocks, n_chunks, first_token, first_kv_head,
-    heads, GROUP: tl.constexpr, SLOTS: tl.constexpr, CHUNK: tl.constexpr,
+    selected_ptr, first_block_ptr, ends_ptr, entries_ptr, n_entries, n_blocks, n_chunks, chunk_tiles, first_token,
+    first_kv_head, heads, GROUP: tl.constexpr, SLOTS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Put each entry into its bucket. Chunks stay in order; the order within a chunk is not defined.
 
@@ -58,14 +63,15 @@ def scatter_kernel(
     entries: int32 [kv heads of the pass, n_entries], written where a block was chosen.
     """
     chunk, slice_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    entry = chunk * CHUNK + tl.arange(0, CHUNK)
-    block = _global_block(
-        selected_ptr, first_block_ptr, entry, entry < n_entries, first_token, first_kv_head + tl.program_id(1), heads,
-        GROUP, SLOTS,
-    )  # fmt: skip
-    counter = (slice_head * n_blocks + block) * n_chunks + chunk
-    place = tl.atomic_add(ends_ptr + counter, -1, mask=block >= 0, sem="relaxed") - 1
-    tl.store(entries_ptr + slice_head * n_entries + place, entry, mask=block >= 0)
+    for tile in range(0, chunk_tiles):
+        entry = (chunk * chunk_tiles + tile) * TILE + tl.arange(0, TILE)
+        block = _global_block(
+            selected_ptr, first_block_ptr, entry, entry < n_entries, first_token, first_kv_head + tl.program_id(1),
+            heads, GROUP, SLOTS,
+        )  # fmt: skip
+        counter = (slice_head * n_blocks + block) * n_chunks + chunk
+        place = tl.atomic_add(ends_ptr + counter, -1, mask=block >= 0, sem="relaxed") - 1
+        tl.store(entries_ptr + slice_head * n_entries + place, entry, mask=block >= 0)
 
 
 @triton.jit
@@ -81,6 +87,18 @@ def _global_block(
     return tl.where(block >= 0, block + first, -1)
 
 
+def _chunk_tiles(n_blocks: int) -> int:
+    """Tiles of entries in a chunk, which has one counter for each block."""
+    return max(1, triton.cdiv(n_blocks, _COUNTERS_PER_ENTRY * _TILE))
+
+
+def sort_bytes(n_blocks: int, deterministic: bool) -> int:
+    """Bytes that sorting takes for each entry: the result, and on the way counters and their sums, or sorted pairs."""
+    if deterministic:
+        return _STABLE_SORT_BYTES
+    return 4 + 2 * 4 * triton.cdiv(n_blocks, _chunk_tiles(n_blocks) * _TILE)
+
+
 def sort_by_block(
     selected_blocks: torch.Tensor, layout, tokens: range, kv_heads: range, num_kv_heads: int, n_blocks: int,
     deterministic: bool,
@@ -94,12 +112,13 @@ def sort_by_block(
     n_entries = len(tokens) * group * slots
     if deterministic:
         return _stable_sort(selected_blocks, layout, tokens, kv_heads, group, n_blocks)
-    n_chunks = triton.cdiv(n_entries, _CHUNK)
+    tiles = _chunk_tiles(n_blocks)
+    n_chunks = triton.cdiv(n_entries, tiles * _TILE)
     device = selected_blocks.device
     counts = torch.zeros((len(kv_heads), n_blocks * n_chunks), dtype=torch.int32, device=device)
     grid = (n_chunks, len(kv_heads))
-    shape = (n_entries, n_blocks, n_chunks, tokens.start, kv_heads.start, heads)
-    sizes = dict(GROUP=group, SLOTS=slots, CHUNK=_CHUNK)
+    shape = (n_entries, n_blocks, n_chunks, tiles, tokens.start, kv_heads.start, heads)
+    sizes = dict(GROUP=group, SLOTS=slots, TILE=_TILE)
     count_kernel[grid](selected_blocks, layout.first_block, counts, *shape, **sizes)
     # one long running sum, not one per head: PyTorch's scan of few long rows is ten times slower
     ends = counts.flatten().cumsum(0, dtype=torch.int32).view_as(counts)

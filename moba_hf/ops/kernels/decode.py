@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .workspace import token_passes
+
 LOG2_E = 1.4426950408889634
 _PIECE = 512  # keys a program reads one after the other at most
 _TILE = 8192  # elements of a tile of keys
@@ -68,20 +70,22 @@ def decode_split_kernel(
 
 @triton.jit(do_not_specialize=["q_len"])
 def decode_merge_kernel(
-    partial_ptr, partial_lse_ptr, out_ptr, heads, q_len,
+    partial_ptr, partial_lse_ptr, out_ptr, out_batch, heads, q_len,
     SPLITS: tl.constexpr, SPLITS_WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
     """The softmax over all splits of a row from those of each: Σ 2^(lse_i − lse) · partial_i.
 
     Program r owns row r as in `decode_split_kernel`, whose partial and partial_lse it reads, ROWS splits at a time.
-    out: [batch, q_len, heads, HEAD_DIM].
+    out: [batch, q_len, heads, HEAD_DIM]; 0 for a query before its row's first token, which sees nothing.
     """
     row = tl.program_id(0).to(tl.int64)
     every = tl.arange(0, SPLITS_WIDTH)
     lse = tl.load(partial_lse_ptr + row * SPLITS + every, mask=every < SPLITS, other=float("-inf"))
-    high = tl.max(lse, 0)  # finite: the own block has the query's own key
+    high = tl.max(lse, 0)
+    high = tl.where(high == float("-inf"), 0.0, high)
     total = tl.sum(tl.math.exp2(lse - high), 0)
+    total = tl.where(total == 0.0, 1.0, total)
     d = tl.arange(0, WIDTH)
     output = tl.zeros([WIDTH], tl.float32)
     for first in range(0, SPLITS, ROWS):
@@ -91,7 +95,7 @@ def decode_merge_kernel(
         partial = tl.load(partial_ptr + (row * SPLITS + split)[:, None] * HEAD_DIM + d[None, :], mask=mask, other=0.0)
         output += tl.sum(tl.math.exp2(part - high)[:, None] * partial, 0)
     batch, head, token = row // (heads * q_len), row // q_len % heads, row % q_len
-    offset = ((batch * q_len + token) * heads + head) * HEAD_DIM
+    offset = batch * out_batch + (token * heads + head) * HEAD_DIM
     tl.store(out_ptr + offset + d, (output / total).to(out_ptr.dtype.element_ty), mask=d < HEAD_DIM)
 
 
@@ -99,8 +103,24 @@ def attend_blocks(query, key, value, past_blocks, starts, block_size: int, scale
     """[batch, q_len, heads, head_dim]: each query over its past blocks and its own, as in `ops.decode`.
 
     query: [batch, heads, q_len, head_dim]; key, value: [batch, kv_heads, kv_len, head_dim]; last strides 1.
-    past_blocks: int64 [batch, heads, q_len, slots], −1 for none; starts: int64 [batch].
+    past_blocks: int64 [batch, heads, q_len, slots], −1 for none; starts: int64 [batch]. Many queries are taken in
+    passes that keep the partial results within the workspace.
     """
+    batch, heads, q_len, head_dim = query.shape
+    splits = (past_blocks.shape[3] + 1) * triton.cdiv(block_size, min(_PIECE, block_size))
+    output = torch.empty((batch, q_len, heads, head_dim), dtype=query.dtype, device=query.device)
+    for tokens in token_passes(q_len, batch * heads * splits * (head_dim + 1) * 4):
+        seen = slice(0, key.shape[2] - q_len + tokens.stop)  # the last query of a pass sees its own key last
+        new = slice(tokens.start, tokens.stop)
+        _attend(
+            query[:, :, new], key[:, :, seen], value[:, :, seen], past_blocks[:, :, new], starts, block_size, scale,
+            output[:, new],
+        )  # fmt: skip
+    return output
+
+
+def _attend(query, key, value, past_blocks, starts, block_size: int, scale: float, output) -> None:
+    """`attend_blocks` for one pass, into output [batch, q_len, heads, head_dim], contiguous but for the batch."""
     batch, heads, q_len, head_dim = query.shape
     slots, piece = past_blocks.shape[3], min(_PIECE, block_size)
     pieces = triton.cdiv(block_size, piece)
@@ -108,7 +128,6 @@ def attend_blocks(query, key, value, past_blocks, starts, block_size: int, scale
     width = max(16, triton.next_power_of_2(head_dim))
     partial = torch.empty((rows, splits, head_dim), dtype=torch.float32, device=query.device)
     partial_lse = torch.empty((rows, splits), dtype=torch.float32, device=query.device)
-    output = torch.empty((batch, q_len, heads, head_dim), dtype=query.dtype, device=query.device)
     decode_split_kernel[(rows, splits)](
         query, key, value, past_blocks.contiguous(), starts, partial, partial_lse,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], heads, q_len, key.shape[2], scale * LOG2_E,
@@ -116,8 +135,7 @@ def attend_blocks(query, key, value, past_blocks, starts, block_size: int, scale
         HEAD_DIM=head_dim, WIDTH=width, KEYS=min(_TILE // width, triton.next_power_of_2(piece)), num_warps=4,
     )  # fmt: skip
     decode_merge_kernel[(rows,)](
-        partial, partial_lse, output, heads, q_len,
+        partial, partial_lse, output, output.stride(0), heads, q_len,
         SPLITS=splits, SPLITS_WIDTH=max(2, triton.next_power_of_2(splits)), HEAD_DIM=head_dim, WIDTH=width,
         ROWS=16, num_warps=4,
     )  # fmt: skip
-    return output

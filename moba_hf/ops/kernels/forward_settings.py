@@ -1,11 +1,12 @@
-"""Launch settings of routing and forward kernels: a fixed table, no tuning at run time (`docs/kernels.md`: figures)."""
+"""Launch settings of routing and forward kernels: a fixed table (`docs/kernels.md`), or tiles the user measured."""
 
 from dataclasses import dataclass
 
 import torch
 import triton
 
-from .backward_settings import SHARED_KB, Tile
+from .backward_settings import SHARED_KB
+from .tuned_tiles import Tile, tuned_tiles
 
 _LARGEST_STATIONARY_BLOCK = 128  # K and V of one block stay on chip: 64 KB at head_dim 128 in bf16
 _ROWS_PER_PROGRAM = 1024  # entries of one bucket that one program of the stationary kernel takes
@@ -29,9 +30,14 @@ class ForwardSettings:
 def forward_settings(
     capability: tuple[int, int], dtype: torch.dtype, head_dim: int, block_size: int
 ) -> ForwardSettings:
-    """The table: by compute capability, the width of a row, and the block."""
+    """The table, but for the tiles of the user's own file (`tuned_tiles`)."""
+    tiles = table(capability, dtype, head_dim, block_size)
+    return with_tiles(tiles | tuned_tiles("forward", capability, dtype, head_dim, block_size), block_size)
+
+
+def table(capability, dtype, head_dim: int, block_size: int) -> dict[str, Tile]:
+    """Tiles by compute capability, the width of a row, and the block."""
     width = max(16, triton.next_power_of_2(head_dim))
-    whole = max(16, triton.next_power_of_2(block_size))
     if dtype == torch.float32:  # plain FMA: small tiles
         gate, past, own = Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)
     elif SHARED_KB.get(capability, 99) < 227:  # sm_80 to sm_89, and consumer Blackwell (sm_120)
@@ -39,10 +45,17 @@ def forward_settings(
         past = own = Tile(64, 64, 4, 2) if width <= 128 else Tile(32, 32, 4, 1)
     elif width <= 128:  # the fastest of six settings each on an H100, head_dim 128: docs/kernels.md
         gate, own = Tile(64, 64, 4, 1), Tile(128, 32, 4, 2)
-        past = Tile(64, 128, 4, 2) if whole <= _LARGEST_STATIONARY_BLOCK else Tile(128, 64, 4, 2)
+        past = Tile(64, 128, 4, 2) if block_size <= _LARGEST_STATIONARY_BLOCK else Tile(128, 64, 4, 2)
     else:
         gate, past, own = Tile(64, 32, 4, 1), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)
+    return {"gate": gate, "past": past, "own": own}
+
+
+def with_tiles(tiles: dict[str, Tile], block_size: int) -> ForwardSettings:
+    """Settings of these tiles, by the kernels' names: K and V stay on chip where a tile of keys holds a block."""
+    past, whole = tiles["past"], max(16, triton.next_power_of_2(block_size))
     stationary = whole <= min(past.keys, _LARGEST_STATIONARY_BLOCK)
     if stationary:
         past = Tile(min(past.rows, 128), whole, past.warps, past.stages)
-    return ForwardSettings(gate, past, own, stationary, _ROWS_PER_PROGRAM if stationary else past.rows)
+    rows = _ROWS_PER_PROGRAM if stationary else past.rows
+    return ForwardSettings(tiles["gate"], past, tiles["own"], stationary, rows)

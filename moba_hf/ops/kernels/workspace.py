@@ -7,7 +7,7 @@ _DEFAULT_MB = 1024
 
 
 def workspace_bytes() -> int:
-    """Bytes of per-entry partial results held at a time; MOBA_HF_WORKSPACE_MB sets it, 1024 MiB by default."""
+    """Bytes held at a time for each entry (partials, sorting); MOBA_HF_WORKSPACE_MB sets it, 1024 MiB by default."""
     return int(os.environ.get("MOBA_HF_WORKSPACE_MB", _DEFAULT_MB)) << 20
 
 
