@@ -3,6 +3,7 @@
 #   make test          the test suite
 #   make test-oldest   the same on the oldest Transformers supported
 #   make lint          ruff
+#   make bench-check   counted FLOPs and bytes, and the CPU ratio, against the stored ones; fails on a loss above 20 %
 PYTHON ?= python3
 PYTEST_ARGS ?=
 EXTRAS := train,dev,triton
@@ -11,7 +12,7 @@ BIN := .venv/bin
 # spinning and 12 to 23 s asleep; on a quiet one, 6 s either way.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-oldest lint compile-kernels clean
+.PHONY: demo test test-oldest lint compile-kernels bench-check clean
 .DELETE_ON_ERROR:
 
 # $(call set-up,VENV,CONSTRAINTS): torch first and pinned, so that nothing else draws in another build of it; the model's
@@ -49,6 +50,9 @@ lint: .venv/installed
 
 compile-kernels: .venv/installed
 	$(BIN)/python scripts/compile_kernels.py
+
+bench-check: .venv/installed
+	$(BIN)/python scripts/bench_check.py
 
 clean:
 	rm -rf .venv .venv-oldest .pytest_cache .ruff_cache .hypothesis dist build *.egg-info

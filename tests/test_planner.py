@@ -68,7 +68,7 @@ def test_predicted_times_are_near_those_measured_on_an_h100(name):
     ours = planner.attention_time(counted(setting, length), H100)
     dense = planner.attention_time(counted(setting, length, sparse=False), H100)
     predicted = (ours.select, ours.forward, ours.backward, dense.forward, dense.both)
-    for value, measured, margin in zip(predicted, MEASURED[name], (0.20, 0.12, 0.05, 0.40, 0.10)):
+    for value, measured, margin in zip(predicted, MEASURED[name], (0.20, 0.12, 0.05, 0.06, 0.05)):
         assert measured is None or value * 1e3 == pytest.approx(measured, rel=margin)
 
 
@@ -111,6 +111,12 @@ def test_parameters():
         assert ModelShape.from_config(config).parameters == sum(p.numel() for p in model.parameters())
 
 
+def flops_beside_rope(counter: FlopCounterMode) -> int:
+    """Transformers before 5.23 makes the rotary angles by a matrix product; the planner leaves them out."""
+    rope = [sum(ops.values()) for name, ops in counter.get_flop_counts().items() if name.endswith("rotary_emb")]
+    return counter.get_total_flops() - sum(rope)
+
+
 def test_operations_are_those_that_pytorch_counts():
     """With eager attention PyTorch counts the whole square of scores; the planner its causal half."""
     config, length = small_config(), 128
@@ -119,11 +125,11 @@ def test_operations_are_those_that_pytorch_counts():
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, length, dtype=torch.long), logits_to_keep=1)
     half = shape.layers * planner.dense_counts(shape.heads, shape.kv_heads, shape.head_dim, work).forward_flops
-    assert counter.get_total_flops() == planner.operations("prefill", shape, work, False)[0] + half
+    assert flops_beside_rope(counter) == planner.operations("prefill", shape, work, False)[0] + half
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, length, dtype=torch.long)).logits.sum().backward()
     # PyTorch's 2 + 4 products of scores; the planner's 1 + 2.5 halves of them
-    assert counter.get_total_flops() == planner.operations("train", shape, work, False)[0] + (3 * 2 - 3.5) * half
+    assert flops_beside_rope(counter) == planner.operations("train", shape, work, False)[0] + (3 * 2 - 3.5) * half
 
 
 def peak_bytes(run) -> int:

@@ -28,6 +28,7 @@ class AttentionCounts:
     key_bytes: K alone, which the block means read. The gate reads Q: what forward_bytes / 2 has beyond K.
     """
 
+    length: int
     selections: int
     gate_flops: float
     forward_flops: float
@@ -70,6 +71,7 @@ def moba_counts(heads: int, kv_heads: int, head_dim: int, work: Work) -> Attenti
     own = heads * (full * size**2 + rest**2) / 2
     rows, keys = (length * h * head_dim * item for h in (heads, kv_heads))
     return AttentionCounts(
+        length,
         selections,
         head_dim * heads * length * (length / size),
         4 * head_dim * (size * selections + own),
@@ -85,7 +87,7 @@ def dense_counts(heads: int, kv_heads: int, head_dim: int, work: Work) -> Attent
     """Full causal attention over one sequence: 4 d · Hq · N² / 2 FLOP forward."""
     rows, keys = (work.length * h * head_dim * work.item for h in (heads, kv_heads))
     flops = 4 * head_dim * heads * work.length**2 / 2
-    return AttentionCounts(0, 0, flops, keys, 2 * rows + 2 * keys, 4 * rows + 4 * keys)
+    return AttentionCounts(work.length, 0, 0, flops, keys, 2 * rows + 2 * keys, 4 * rows + 4 * keys)
 
 
 def linear_flops(shape: ModelShape, tokens: int) -> float:

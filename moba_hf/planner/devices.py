@@ -6,11 +6,13 @@ MoBA solve two settings each, two equations with two unknowns; the other setting
     select    FLOP / gate + selections · select_entry; from S1 512K (65.9 ms) and S2 (31.4 ms). S4: +4 %, top-16 +1 %,
               S1 64K −18 %, 128K −15 %.
     forward   FLOP / forward + selection bytes / gather; from S1 512K (69.5 ms) and S2 (1901 ms). S4 +8 %, top-16 +9 %,
-              S1 32K to 128K +7 to +9 %.
+              S1 32K to 128K +8 to +10 %.
     backward  the same form, from S1 512K (146.9 ms) and S4 (90.7 ms). S4 top-16 +3 %, S1 32K to 128K within 1 %.
-    dense     cuDNN at S1 512K: 499 TFLOP/s forward, 539 backward (574 and 527 at 128K, 488 forward at S2).
+    dense     cuDNN, S1. Forward 688 TFLOP/s at 32K and 499 at 512K, in between by the logarithm of the length: 64K
+              −3 %, 128K −3 %, S4 −5 %, S2 (1M) −2 %. Backward 539 at 512K; 32K to 128K within 3 % of it.
 """
 
+import math
 import os
 import time
 from dataclasses import dataclass, replace
@@ -20,6 +22,7 @@ import torch
 RESERVE = 0.06  # of the memory: CUDA context, communication buffers, fragmentation. Assumed.
 MODEL_MATMUL = 0.8  # a model's matrix products over one large square one. Assumed.
 GIB = 2**30
+_SHORT, _LONG = 32 << 10, 512 << 10  # tokens between which the rate of dense attention falls
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,9 @@ class Device:
     """Rates of one device.
 
     Attributes:
-        memory: bytes. matmul, dense_forward, dense_backward, gate, forward, backward: FLOP/s.
+        memory: bytes.
+        matmul, dense_forward (from 512K tokens on), dense_forward_short (up to 32K), dense_backward, gate, forward,
+            backward: FLOP/s.
         copy: bytes/s, read and written together. gather, gather_backward: the same for what selections move.
         select_entry: seconds for keeping one selected block in the gate's list.
         launch_select, launch_forward, launch_backward: seconds that a stage takes at least.
@@ -41,6 +46,7 @@ class Device:
     memory: float
     matmul: float
     dense_forward: float
+    dense_forward_short: float
     dense_backward: float
     gate: float
     forward: float
@@ -58,6 +64,11 @@ class Device:
     workspace: float = 0.0
     source: str = ""
 
+    def dense_rate(self, length: int) -> float:
+        """FLOP/s of dense attention's forward over sequences of that length."""
+        share = min(1.0, max(0.0, math.log(length / _SHORT) / math.log(_LONG / _SHORT)))
+        return self.dense_forward_short + share * (self.dense_forward - self.dense_forward_short)
+
     @property
     def usable(self) -> float:
         """Bytes that a plan may fill."""
@@ -65,7 +76,8 @@ class Device:
 
 
 H100 = Device(
-    name="h100", memory=80 * GIB, matmul=791e12 * MODEL_MATMUL, dense_forward=499e12, dense_backward=539e12,
+    name="h100", memory=80 * GIB, matmul=791e12 * MODEL_MATMUL,
+    dense_forward=499e12, dense_forward_short=688e12, dense_backward=539e12,
     gate=151e12, forward=454e12, backward=279e12, copy=3.02e12, gather=1.78e12, gather_backward=1.67e12,
     select_entry=6.54e-11, launch_select=0.42e-3, launch_forward=1.59e-3, launch_backward=2.34e-3,
     link=450e9, network=50e9, node=8, workspace=GIB,
@@ -76,7 +88,7 @@ H100 = Device(
 
 def _scaled(name: str, memory: float, compute: float, bandwidth: float, link: float) -> Device:
     """H100's rates times the ratio of the data sheets' peaks: assumes that the kernels are as good elsewhere."""
-    flops = ("matmul", "dense_forward", "dense_backward", "gate", "forward", "backward")
+    flops = ("matmul", "dense_forward", "dense_forward_short", "dense_backward", "gate", "forward", "backward")
     rates = {rate: getattr(H100, rate) * compute for rate in flops}
     rates |= {rate: getattr(H100, rate) * bandwidth for rate in ("copy", "gather", "gather_backward")}
     source = (
@@ -92,8 +104,8 @@ DEVICES = {
     "h200": _scaled("h200", 141e9, 1.0, 4.8 / 3.35, 450e9),
     "a100": _scaled("a100", 80 * GIB, 312 / 989, 2.039 / 3.35, 300e9),
 }
-RATES = ("matmul", "dense_forward", "dense_backward", "gate", "forward", "backward", "copy", "gather",
-         "gather_backward", "select_entry", "link", "network", "memory")  # fmt: skip
+RATES = ("matmul", "dense_forward", "dense_forward_short", "dense_backward", "gate", "forward", "backward", "copy",
+         "gather", "gather_backward", "select_entry", "link", "network", "memory")  # fmt: skip
 
 
 def device_named(name: str, rates: dict[str, float]) -> Device:
@@ -133,7 +145,7 @@ def measured_cpu() -> Device:
     backward = 2.5 * flops / _seconds(lambda: torch.autograd.grad(output.sum(), states, retain_graph=True))
     memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     return Device(
-        "cpu", memory, matmul, forward, backward, matmul, forward, backward, copy, copy, copy, 0.0,
+        "cpu", memory, matmul, forward, forward, backward, matmul, forward, backward, copy, copy, copy, 0.0,
         source="product, copy and dense attention measured here just now; MoBA's rates assumed equal to dense's",
     )  # fmt: skip
 

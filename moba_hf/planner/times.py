@@ -1,5 +1,6 @@
 """Predicted times: the counts over a device's rates. Nothing overlaps that is not said to."""
 
+import math
 from dataclasses import dataclass
 
 from . import counts
@@ -30,7 +31,7 @@ def attention_time(count: AttentionCounts, device: Device) -> AttentionTime:
     Each at least its least bytes over the copy rate and, for MoBA, the time of its launches.
     """
     if not count.selections:
-        forward = max(count.forward_flops / device.dense_forward, count.forward_bytes / device.copy)
+        forward = max(count.forward_flops / device.dense_rate(count.length), count.forward_bytes / device.copy)
         backward = max(count.backward_flops / device.dense_backward, count.backward_bytes / device.copy)
         return AttentionTime(0.0, forward, backward)
     select = count.gate_flops / device.gate + count.selections * device.select_entry
@@ -85,11 +86,15 @@ def full_layers(shape: ModelShape, work: Work, sparse: bool) -> int:
 
 
 def prefill_time(shape: ModelShape, work: Work, sharing: Sharing, device: Device, sparse: bool) -> Times:
-    """One prompt. With stages, chunks follow each other without bubbles (assumed): the time is divided by them."""
+    """One prompt. With stages, chunks follow each other without bubbles (assumed): the time is divided by them.
+
+    Split weights are gathered once a chunk.
+    """
     full = full_layers(shape, work, sparse)
     dense, moba = (attention_time(layer_attention(shape, work, sharing, s), device) for s in (False, True))
     attention = full * dense.forward + (shape.layers - full) * (moba.select + moba.forward)
     share = work.batch / sharing.stages
+    chunks = math.ceil(work.length / work.prefill_chunk) if work.prefill_chunk else 1
     tokens = work.length / sharing.sequence
     return Times(
         share * attention,
@@ -97,7 +102,7 @@ def prefill_time(shape: ModelShape, work: Work, sharing: Sharing, device: Device
         share * shape.layers * counts.elementwise_bytes(shape, tokens, work.item) / device.copy,
         work.batch * counts.head_flops(shape, 1) / device.matmul,
         share * shape.layers * _ulysses_seconds(shape, work, sharing, device)
-        + _gather_seconds(shape, work, sharing, device, sharing.sequence),
+        + chunks * _gather_seconds(shape, work, sharing, device, sharing.sequence),
     )
 
 
