@@ -1,4 +1,4 @@
-"""MobaCache: block means that equal recomputed ones after every operation on the cache, and generation through it.
+"""Layers of MobaCache: block means that equal recomputed ones after every operation, and what decoding reads.
 
 Lengths and block sizes: rows that start at different places, blocks that divide nothing, an update that ends inside a
 block, completes one, or completes several.
@@ -10,17 +10,14 @@ import weakref
 
 import pytest
 import torch
-from models import BLOCK_SIZE, FAMILIES, TOP_K, tiny_config, tiny_model, tokens, twin
+from models import BLOCK_SIZE, TOP_K
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import moba_hf
-from moba_hf import MobaCache, ops
-from moba_hf.integration import attention
+from moba_hf import ops
 from moba_hf.integration.cache import MobaLayer
 
-HEADS, WIDTH, LENGTH = 2, 8, 25
+HEADS, WIDTH = 2, 8
 
 
 def states(batch: int, length: int, dtype=torch.float32, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -163,147 +160,6 @@ def test_memory():
     del layer, full, means
     gc.enable()
     assert gone() is None
-
-
-# ---- the cache in a model ------------------------------------------------------------------------------------------
-
-
-def generate(model, ids, **kwargs):
-    return model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0, **kwargs)
-
-
-def batch(padded: bool):
-    ids, mask = tokens(3, LENGTH), torch.ones(3, LENGTH, dtype=torch.long)
-    if padded:
-        ids[1, :6], mask[1, :6], ids[2, :11], mask[2, :11] = 0, 0, 0, 0
-    return ids, mask
-
-
-def test_layers_follow_the_model():
-    config = tiny_config("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1)
-    layers = MobaCache(config).layers
-    assert [type(layer) for layer in layers] == [MobaLayer, DynamicSlidingWindowLayer]
-    assert isinstance(MobaCache(config), DynamicCache)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@torch.no_grad()
-def test_every_family_hands_the_means_on(family, monkeypatch):
-    """Each layer's step goes through the means, and gives what it gives without them."""
-    calls = []
-
-    def counted(*args, **kwargs):
-        calls.append(args)
-        return ops.cached_attention(*args, **kwargs)
-
-    monkeypatch.setattr(attention, "cached_attention", counted)
-    model, (ids, mask), logits = tiny_model(family), batch(True), []
-    moba_hf.configure(model, decode="moba")
-    for cache in (MobaCache(model.config), DynamicCache(config=model.config)):
-        model(ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache)
-        logits.append(model(ids[:, -1:], attention_mask=mask, past_key_values=cache).logits)
-        assert len(calls) == 2  # layers of the model
-    torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
-
-
-SEARCHES = {
-    "greedy": {},
-    "beam": dict(num_beams=3),
-    "sampling": dict(do_sample=True, temperature=0.7),
-    "chunks": dict(prefill_chunk_size=7),
-}
-ONE_ROW = {"lookup": dict(prompt_lookup_num_tokens=3), "assisted": {}}
-
-
-@pytest.fixture(params=["llama", "sliding"])
-def model(request):
-    if request.param == "sliding":
-        return tiny_model("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1)
-    return tiny_model(request.param)
-
-
-def text(model, search: str, cache, padded: bool, **settings):
-    """What `model` writes with `cache`, with decode="moba"."""
-    moba_hf.configure(model, decode="moba", **settings)
-    ids, mask = batch(padded)
-    kwargs = {**SEARCHES, **ONE_ROW}[search]
-    if search in ONE_ROW:
-        ids = torch.cat([ids[:1, :13], ids[:1, :13]], 1)
-        mask = torch.ones_like(ids)
-    if search == "assisted":
-        kwargs = dict(assistant_model=tiny_model("llama", num_hidden_layers=1))
-    torch.manual_seed(3)
-    given = {} if cache is None else {"past_key_values": cache}
-    kwargs = {"do_sample": False, **kwargs}
-    return model.generate(
-        ids, attention_mask=mask, max_new_tokens=8, min_new_tokens=8, pad_token_id=0, **kwargs, **given
-    )
-
-
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("search", [*SEARCHES, *ONE_ROW])
-def test_generate_as_with_another_cache(model, search, padded):
-    """The means change nothing but the work."""
-    got = text(model, search, MobaCache(model.config), padded)
-    assert torch.equal(got, text(model, search, None, padded))
-
-
-@pytest.mark.parametrize("search", [*SEARCHES, *ONE_ROW])
-def test_generate_equals_dense_where_the_blocks_cover_all(model, search):
-    """Also with an engine named, where no dense kernel takes over."""
-    expected = text(twin(model, "sdpa"), search, None, True)
-    for engine in ("auto", "blockwise"):
-        cache = MobaCache(model.config)
-        assert torch.equal(text(model, search, cache, True, block_size=8, top_k=5, engine=engine), expected)
-
-
-@pytest.mark.parametrize("search", ["greedy", "beam", "lookup"])
-def test_decode_full(model, search):
-    """The default: a single new token attends the whole cache, whatever kind of cache it is."""
-    ids, mask = batch(search != "lookup")
-    ids, mask = (ids[:1], mask[:1]) if search == "lookup" else (ids, mask)
-    kwargs = {**SEARCHES, **ONE_ROW}[search]
-    got = generate(model, ids, attention_mask=mask, past_key_values=MobaCache(model.config), **kwargs)
-    assert torch.equal(got, generate(model, ids, attention_mask=mask, **kwargs))
-
-
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("block_size", [1, 3, 4, 7])
-@pytest.mark.parametrize("piece", [1, 2, 5, 12])
-@torch.no_grad()
-def test_pieces_equal_one_shot(padded, block_size, piece):
-    """A prompt in one piece, in chunks that end inside blocks, and token by token: the same logits."""
-    model = tiny_model()
-    moba_hf.configure(model, decode="moba", block_size=block_size, engine="blockwise")
-    ids, mask = batch(padded)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    expected = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
-    cache, parts = MobaCache(model.config), []
-    for start in range(0, LENGTH, piece):
-        part = slice(start, start + piece)
-        where = dict(attention_mask=mask[:, : part.stop], position_ids=positions[:, part])
-        parts.append(model(ids[:, part], past_key_values=cache, **where).logits)
-    real = mask.bool()
-    torch.testing.assert_close(torch.cat(parts, 1)[real], expected[real], atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-@torch.no_grad()
-def test_static_cache_decodes_sparsely(compiled):
-    """decode="moba" in a static cache, slots not yet written among its keys; also as one compiled graph."""
-    torch._dynamo.reset()
-    model = tiny_model()
-    moba_hf.configure(model, decode="moba")
-    ids, mask = batch(True)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    expected = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
-    cache = StaticCache(config=model.config, max_cache_len=40)
-    step = torch.compile(model.forward, fullgraph=True, backend="aot_eager") if compiled else model.forward
-    model(ids[:, :17], attention_mask=mask[:, :17], position_ids=positions[:, :17], past_key_values=cache)
-    for i in range(17, LENGTH):
-        where = dict(attention_mask=mask[:, : i + 1], position_ids=positions[:, i : i + 1])
-        got = step(input_ids=ids[:, i : i + 1], past_key_values=cache, **where).logits[:, 0]
-        torch.testing.assert_close(got, expected[:, i], atol=1e-4, rtol=1e-4)
 
 
 # ---- what decoding reads -------------------------------------------------------------------------------------------
