@@ -6,7 +6,7 @@
 #   make bench-check   counted FLOPs and bytes, and the CPU ratio, against the stored ones; fails on a loss above 20 %
 PYTHON ?= python3
 PYTEST_ARGS ?=
-EXTRAS := train,dev,triton
+EXTRAS := train,sft,deepspeed,dev,triton
 BIN := .venv/bin
 # Threads that wait asleep instead of spinning: on a machine shared with other work a training step took up to 70 s
 # spinning and 12 to 23 s asleep; on a quiet one, 6 s either way.

@@ -3,12 +3,13 @@
     python scripts/continue_pretrain.py --config configs/smollm2-135m-demo.yaml
     python scripts/continue_pretrain.py --config configs/smollm2-135m-demo.yaml --max_steps 60 --output_dir runs/longer
     accelerate launch scripts/continue_pretrain.py --config configs/llama-3.1-8b/1m-moba.yaml
+    python scripts/continue_pretrain.py --config configs/llama-3.1-8b/1m-moba.yaml --plan    # memory, and no more
 
 A config file holds any of the arguments below, and a flag overrides it; besides ours, every argument of Transformers'
 TrainingArguments is one. The held-out text is measured in full and in MoBA attention before, during and after. The
 output folder gets
 
-    model/         the checkpoint (safetensors) with its MoBA settings and tokenizer
+    model/         the checkpoint (safetensors) with its MoBA settings, tokenizer and model card; or the LoRA adapter
     report.json    both losses before and after, the gap between them, speed, and what was run
     loss.png       both losses over the steps
     routing.png    which past blocks the queries of one held-out sequence chose
@@ -18,53 +19,69 @@ result as it was.
 """
 
 import dataclasses
-import json
 import logging
 import statistics
 from pathlib import Path
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GgufConfig,
-    TrainingArguments,
-    default_data_collator,
-    set_seed,
-)
+from transformers import AutoConfig, TrainingArguments, default_data_collator, set_seed
 
 import moba_hf
 from moba_hf.evaluation.figures import loss_figure, routing_figure, save
 from moba_hf.evaluation.position_loss import HeldOutLoss
 from moba_hf.evaluation.routing import Routing, record_routing
-from moba_hf.training.arguments import DataArguments, ModelArguments, model_location, parse
-from moba_hf.training.data import HeldOut, PackingCount, hold_out, read_documents, training_sequences
+from moba_hf.training import sequence_parallel
+from moba_hf.training.activation import Selection, activated
+from moba_hf.training.arguments import DataArguments, ModelArguments, StageArguments, model_location, parse
+from moba_hf.training.checkpointing import check_checkpointing, keep_attention
+from moba_hf.training.data import HeldOut, PackingCount, hold_out, training_sequences
+from moba_hf.training.loss import check_loss, tile_loss
 from moba_hf.training.meter import Measurement, Meter, MeteredTrainer
+from moba_hf.training.model import (
+    add_lora,
+    describe,
+    load_model,
+    load_tokenizer,
+    loading_code,
+    lora_config,
+    reload,
+    save_config_beside_adapter,
+)
+from moba_hf.training.model_card import write_model_card
+from moba_hf.training.planning import PlanArguments, for_planning, plan
+from moba_hf.training.rope import extend_positions
 from moba_hf.training.run_folder import RunFolder, write_json
+from moba_hf.training.schedule import Schedule
+from moba_hf.training.sources import read_documents
 
 logger = logging.getLogger("continue_pretrain")
 
 
 def main(argv: list[str] | None = None) -> dict:
     """Run the whole job; returns the report."""
-    model_args, data_args, training_args = parse(
-        (ModelArguments, DataArguments, TrainingArguments), argv, description=__doc__
-    )
+    kinds = (ModelArguments, DataArguments, StageArguments, TrainingArguments, PlanArguments)
+    model_args, data_args, stage_args, training_args, plan_args = parse(kinds, for_planning(argv), description=__doc__)
     logging.basicConfig(format="%(message)s")
-    logger.setLevel(logging.INFO if training_args.process_index == 0 else logging.WARNING)
-    settings = describe(model_args, data_args, training_args)
-    config = check(model_args, data_args, training_args)
+    for name in (logger.name, "moba_hf.training"):
+        logging.getLogger(name).setLevel(logging.INFO if training_args.process_index == 0 else logging.WARNING)
+    if plan_args.plan:
+        fused = model_args.tiled_loss or training_args.use_liger_kernel
+        moba = model_args.moba or {}
+        return plan(plan_args, model_args, training_args, data_args.sequence_length, moba, fused_loss=fused)
+    settings = describe(training_args, model=model_args, data=data_args, stage=stage_args)
+    config = check(model_args, data_args, stage_args, training_args)
     run = RunFolder(Path(training_args.output_dir))
     with training_args.main_process_first():
         run.start(settings)
 
     set_seed(training_args.seed)
     tokenizer = load_tokenizer(model_args)
+    if stage_args.rope is not None:
+        tokenizer.model_max_length = config.get_text_config().max_position_embeddings
     held_out, dataset, count = load_data(data_args, tokenizer, training_args)
-    model = load_model(model_args, config)
-    trainer = make_trainer(model, tokenizer, held_out, dataset, data_args, model_args, training_args, run)
+    model = prepare_model(load_model(model_args, config), model_args)
+    trainer = make_trainer(model, tokenizer, held_out, dataset, data_args, model_args, stage_args, training_args, run)
 
     before = measure_once(run, "before", trainer)
     trainer.train(resume_from_checkpoint=run.last_checkpoint())
@@ -77,19 +94,23 @@ def main(argv: list[str] | None = None) -> dict:
     if trainer.is_world_process_zero():
         draw_losses(run.result / "loss.png", trainer, before, after, data_args)
         draw_routing(run.result / "routing.png", routing, model)
-        report["sample"] = generate(run.result / "model", tokenizer, held_out, data_args)
+        describe_model(trainer, report, model_args, data_args, run)
+        report["sample"] = generate(reload(run.result / "model", model_args), tokenizer, held_out, data_args)
         write_json(run.result / "report.json", report)
         run.publish()
-        print(closing_words(report, run.finished))
+        print(closing_words(report, run.finished, model_args))
     return report
 
 
 # ---- before any work -----------------------------------------------------------------------------------------------
 
 
-def check(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments):
+def check(model_args, data_args: DataArguments, stage_args: StageArguments, training_args: TrainingArguments):
     """Refuse what cannot work, before anything is loaded; returns the model's config, MoBA settings included."""
     read_documents_of(data_args)
+    check_checkpointing(training_args)
+    if model_args.lora is not None:
+        lora_config(model_args.lora)
     if data_args.streaming and training_args.max_steps <= 0:
         raise ValueError(f"streaming needs max_steps, but it was {training_args.max_steps}")
     location = model_location(model_args)
@@ -97,11 +118,21 @@ def check(model_args: ModelArguments, data_args: DataArguments, training_args: T
     if model_args.moba is not None:
         config.moba = model_args.moba
     settings = moba_hf.configure(config)
+    Schedule.from_list(stage_args.schedule).check(settings, config.get_text_config().num_hidden_layers)
+    check_recall_steps(stage_args, training_args)
+    if stage_args.rope is not None:
+        logger.info("%s.", extend_positions(config, stage_args.rope))
+    if model_args.sequence_parallel_size > 1:
+        sequence_parallel.check(config, model_args.sequence_parallel_size)
+    sequences = training_args.per_device_train_batch_size / model_args.sequence_parallel_size
+    tokens = int(data_args.sequence_length * sequences)
+    vocabulary = config.get_text_config().vocab_size
+    check_loss(training_args, tiled=model_args.tiled_loss, tokens=tokens, vocabulary=vocabulary)
     positions = config.get_text_config().max_position_embeddings
     if data_args.sequence_length > positions:
         raise ValueError(
             f"sequence_length={data_args.sequence_length} is above the model's {positions} positions; "
-            f"interpolate positions first or shorten the sequences"
+            f"interpolate positions first (rope: {{method: interpolate, factor: 2}}) or shorten the sequences"
         )
     if settings.block_size * settings.top_k >= data_args.sequence_length:
         logger.warning(
@@ -113,43 +144,33 @@ def check(model_args: ModelArguments, data_args: DataArguments, training_args: T
     return config
 
 
-def describe(model_args, data_args, training_args) -> dict:
-    """What was asked for: our arguments, and those of TrainingArguments that differ from their defaults."""
-    defaults = {field.name: field.default for field in dataclasses.fields(training_args)}
-    values = {
-        name: value for name, value in training_args.to_dict().items() if name in defaults and name != "hub_token"
-    }
-    given = {name: value for name, value in values.items() if (value or None) != (defaults[name] or None)}
-    groups = {"model": dataclasses.asdict(model_args), "data": dataclasses.asdict(data_args), "training": given}
-    return json.loads(json.dumps(groups, default=str))
+def check_recall_steps(stage_args: StageArguments, training_args: TrainingArguments) -> None:
+    wanted, every = stage_args.recall_steps, training_args.eval_steps
+    if wanted and (training_args.eval_strategy != "steps" or wanted % every):
+        raise ValueError(
+            f"recall_steps={wanted} must be a multiple of eval_steps with eval_strategy: steps, but they were {every} "
+            f"and {training_args.eval_strategy.value}"
+        )
 
 
 # ---- the parts of the run ------------------------------------------------------------------------------------------
 
 
-def load_tokenizer(model_args: ModelArguments):
-    return AutoTokenizer.from_pretrained(model_location(model_args), gguf_file=model_args.gguf_file)
+def prepare_model(model, model_args: ModelArguments):
+    """What the arguments add to the model: a tiled loss, attention that is kept, adapters."""
+    if model_args.tiled_loss:
+        tile_loss(model)
+    keep_attention(model)
+    return model if model_args.lora is None else add_lora(model, model_args.lora)
 
 
-def load_model(model_args: ModelArguments, config):
-    """The model to train. GGUF weights are unpacked: packed ones cannot be trained."""
-    unpack = {"quantization_config": GgufConfig(dequantize=True)} if model_args.gguf_file else {}
-    return AutoModelForCausalLM.from_pretrained(
-        model_location(model_args),
-        gguf_file=model_args.gguf_file,
-        config=config,
-        dtype=model_args.dtype,
-        attn_implementation="moba",
-        **unpack,
-    )
-
-
-def read_documents_of(data_args: DataArguments):
+def read_documents_of(data_args: DataArguments, count: PackingCount | None = None):
     return read_documents(
         data_args.dataset,
         config=data_args.dataset_config,
         split=data_args.dataset_split,
         text_column=data_args.text_column,
+        readings=None if count is None else count.sources,
     )
 
 
@@ -165,8 +186,9 @@ def load_data(data_args, tokenizer, training_args) -> tuple[HeldOut, Dataset | I
     count = PackingCount()
 
     def sequences():
+        count.reset()
         return training_sequences(
-            read_documents_of(data_args),
+            read_documents_of(data_args, count),
             tokenizer,
             held_out,
             sequence_length=data_args.sequence_length,
@@ -186,7 +208,9 @@ def load_data(data_args, tokenizer, training_args) -> tuple[HeldOut, Dataset | I
     return held_out, dataset, count
 
 
-def make_trainer(model, tokenizer, held_out, dataset, data_args, model_args, training_args, run) -> MeteredTrainer:
+def make_trainer(
+    model, tokenizer, held_out, dataset, data_args, model_args, stage_args, training_args, run
+) -> MeteredTrainer:
     training_args.output_dir = str(run.unfinished)
     training_args.include_num_input_tokens_seen = "all"
     meter = Meter(
@@ -195,7 +219,7 @@ def make_trainer(model, tokenizer, held_out, dataset, data_args, model_args, tra
         batch_size=1,
         progress=not training_args.disable_tqdm,
     )
-    return MeteredTrainer(
+    trainer = MeteredTrainer(
         model=model,
         args=training_args,
         train_dataset=dataset,
@@ -205,49 +229,83 @@ def make_trainer(model, tokenizer, held_out, dataset, data_args, model_args, tra
         meter=meter,
         meter_sequences=data_args.meter_sequences,
         trailing_tokens=data_args.trailing_tokens,
+        schedule=stage_args.schedule,
+        recall_steps=stage_args.recall_steps,
     )
+    if model_args.sequence_parallel_size > 1:
+        sequence_parallel.enable(trainer, model_args.sequence_parallel_size)
+    return trainer
 
 
-def measure_once(run: RunFolder, name: str, trainer: MeteredTrainer) -> Measurement:
-    """The measurement of all held-out sequences, taken once per run however often it is resumed."""
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Before or after training: both losses of all held-out sequences, and what MoBA selects in the first."""
+
+    losses: Measurement
+    selection: Selection
+
+
+def measure_once(run: RunFolder, name: str, trainer: MeteredTrainer) -> Measured:
+    """Taken once per run, however often it is resumed."""
 
     def measure():
-        measurement = trainer.measure()
-        return {"full": measurement.full.by_token, "moba": measurement.moba.by_token}
+        losses = trainer.measure()
+        selection = dataclasses.asdict(trainer.measure_selection())
+        return {"full": losses.full.by_token, "moba": losses.moba.by_token, "selection": selection}
 
-    losses = run.once(name, measure)
-    return Measurement(HeldOutLoss(losses["full"]), HeldOutLoss(losses["moba"]))
+    found = run.once(name, measure)
+    losses = Measurement(HeldOutLoss(found["full"]), HeldOutLoss(found["moba"]))
+    return Measured(losses, Selection(**found["selection"]))
 
 
 # ---- what comes out ------------------------------------------------------------------------------------------------
 
 
-def make_report(trainer, before: Measurement, after: Measurement, count: PackingCount, settings, data_args) -> dict:
-    tokens = data_args.trailing_tokens
+def make_report(trainer, before: Measured, after: Measured, count: PackingCount, settings, data_args) -> dict:
+    tokens, switch, clock = data_args.trailing_tokens, trainer.switch, trainer.clock
+    measured = {"before": before.losses, "after": after.losses}
+    gaps = {when: losses.gap(tokens) for when, losses in measured.items()}
     speeds = [entry["tokens_per_second"] for entry in trainer.state.log_history if "tokens_per_second" in entry]
     return {
         "steps": trainer.state.global_step,
-        "full_before": before.full.summary(tokens),
-        "moba_before": before.moba.summary(tokens),
-        "full_after": after.full.summary(tokens),
-        "moba_after": after.moba.summary(tokens),
-        "gap_before": before.gap(tokens),
-        "gap_after": after.gap(tokens),
+        **{f"full_{when}": losses.full.summary(tokens) for when, losses in measured.items()},
+        **{f"moba_{when}": losses.moba.summary(tokens) for when, losses in measured.items()},
+        **{f"gap_{when}": gap for when, gap in gaps.items()},
+        "position_loss": {when: losses.by_position() for when, losses in measured.items()},
+        "selection": {"before": dataclasses.asdict(before.selection), "after": dataclasses.asdict(after.selection)},
         "tokens_per_second": statistics.harmonic_mean(speeds) if speeds else None,
+        "history": training_history(trainer),
         "trained_tokens": trainer.state.num_input_tokens_seen,
+        "moba_tokens": switch.moba_tokens,
+        "sparsity": clock.sparsity,
+        "activated": activated(
+            trainer.model.config.get_text_config(),
+            data_args.sequence_length,
+            switch.moba_tokens,
+            clock.sparsity,
+            gaps,
+            tokens,
+        ),
         "data": dataclasses.asdict(count),
         "config": {"moba": trainer.model.config.moba, **settings},
         "versions": {"moba_hf": moba_hf.__version__, "torch": torch.__version__},
     }
 
 
-def draw_losses(file: Path, trainer, before: Measurement, after: Measurement, data_args: DataArguments) -> None:
+def training_history(trainer) -> dict[str, list]:
+    """Training loss, and how many layers ran MoBA, at every logged step."""
+    entries = [entry for entry in trainer.state.log_history if "moba_layers" in entry]
+    return {name: [entry[name] for entry in entries] for name in ("step", "loss", "moba_layers", "sparsity")}
+
+
+def draw_losses(file: Path, trainer, before: Measured, after: Measured, data_args: DataArguments) -> None:
     """Every point of the curves is measured on the same sequences: those that were measured during training."""
     few, tokens = data_args.meter_sequences, data_args.trailing_tokens
-    number, length = before.full.by_token.shape[0], data_args.sequence_length
+    number, length = before.losses.full.by_token.shape[0], data_args.sequence_length
     history = [entry for entry in trainer.state.log_history if "eval_gap" in entry]
     curve = {entry["step"]: {name: entry[f"eval_{name}"] for name in _CURVES} for entry in history}
-    for step, measurement in ((0, before.first(few)), (trainer.state.global_step, after.first(few))):
+    for step, measured in ((0, before), (trainer.state.global_step, after)):
+        measurement = measured.losses.first(few)
         losses = {"full": measurement.full.summary(tokens), "moba": measurement.moba.summary(tokens)}
         curve[step] = {f"{mode}_{key}": loss for mode in losses for key, loss in losses[mode].items()}
     steps = sorted(curve)
@@ -274,14 +332,23 @@ def draw_routing(file: Path, routing: Routing, model) -> None:
     save(routing_figure(routing, block_size=moba.block_size, title=title), file)
 
 
-def generate(model_folder: Path, tokenizer, held_out: HeldOut, data_args) -> str:
-    """Reload the saved checkpoint as a user would, and let it go on from the middle of a held-out sequence."""
-    model = AutoModelForCausalLM.from_pretrained(model_folder, attn_implementation="moba")
+def describe_model(trainer, report: dict, model_args: ModelArguments, data_args: DataArguments, run: RunFolder) -> None:
+    """Everything beside the weights: the model card, and the config that an adapter needs."""
+    save_config_beside_adapter(trainer.model, run.result / "model")
+    write_model_card(
+        run.result / "model", model_args, config=trainer.model.config, stage="continued pretraining",
+        data=data_args.dataset, length=data_args.sequence_length, tokens=report["trained_tokens"],
+        published=run.finished / "model",
+    )  # fmt: skip
+
+
+def generate(model, tokenizer, held_out: HeldOut, data_args) -> str:
+    """Let the reloaded checkpoint go on from the middle of a held-out sequence."""
     prompt = torch.tensor([held_out.sequences[0][: data_args.sequence_length // 2]])
     if data_args.sample_tokens == 0:
         return ""
     output = model.generate(
-        prompt,
+        input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=data_args.sample_tokens,
         do_sample=False,
@@ -290,8 +357,8 @@ def generate(model_folder: Path, tokenizer, held_out: HeldOut, data_args) -> str
     return tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
 
 
-def closing_words(report: dict, folder: Path) -> str:
-    """The table, and the two lines that load the result."""
+def closing_words(report: dict, folder: Path, model_args: ModelArguments) -> str:
+    """The table, and the lines that load the result."""
     rows = [("", "before", "after")]
     for name, mode, key in (
         ("full attention, mean loss", "full", "mean"),
@@ -306,11 +373,9 @@ def closing_words(report: dict, folder: Path) -> str:
     return (
         f"\nHeld-out text after {report['steps']} steps"
         + (f" ({speed:.0f} tokens per second)" if speed else "")
-        + f":\n\n{table}\n\nThe reloaded checkpoint goes on: {report['sample']!r}\n\n"
+        + f":\n\n{table}\n\n{report['activated']}\n\nThe reloaded checkpoint goes on: {report['sample']!r}\n\n"
         f"Report and figures: {folder / 'report.json'}, {folder / 'loss.png'}, {folder / 'routing.png'}\n"
-        f"Load the result:\n\n"
-        f"  import moba_hf; from transformers import AutoModelForCausalLM\n"
-        f'  model = AutoModelForCausalLM.from_pretrained("{folder / "model"}", attn_implementation="moba")\n'
+        f"Load the result:\n\n{loading_code(str(folder / 'model'), model_args, indent='  ')}\n"
     )
 
 

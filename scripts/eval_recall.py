@@ -23,8 +23,8 @@ from moba_hf.evaluation.evaluation_figures import recall_figure
 from moba_hf.evaluation.figures import save
 from moba_hf.evaluation.modes import settings_of
 from moba_hf.training.arguments import ModelArguments, model_location, parse
-from moba_hf.training.data import read_documents
 from moba_hf.training.run_folder import write_json
+from moba_hf.training.sources import read_documents
 
 
 @dataclass

@@ -27,8 +27,8 @@ from moba_hf.evaluation.figures import save
 from moba_hf.evaluation.modes import side_by_side
 from moba_hf.evaluation.result_log import ResultLog
 from moba_hf.training.arguments import ModelArguments, model_location, parse
-from moba_hf.training.data import read_documents
 from moba_hf.training.run_folder import write_json
+from moba_hf.training.sources import read_documents
 
 
 @dataclass

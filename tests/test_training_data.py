@@ -5,6 +5,7 @@ Document lengths: empty, one token (dropped: carries no loss), one less than a s
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -17,9 +18,9 @@ from moba_hf.training.data import (
     hold_out,
     is_held_out,
     pack,
-    read_documents,
     training_sequences,
 )
+from moba_hf.training.sources import Reading, read_documents
 
 LENGTH, PAD, END = 8, 0, 1
 
@@ -134,6 +135,109 @@ def test_python_manual_is_there_without_a_network():
 def test_missing_files_are_named(missing):
     with pytest.raises(FileNotFoundError, match=missing):
         read_documents(missing)
+
+
+# ---- long documents, labels, open rows -----------------------------------------------------------------------------
+
+
+def test_long_documents_are_cut_or_dropped_and_others_kept_whole():
+    documents = [[2] * 20, [3] * 8, [4] * 7]
+    for way, pieces, dropped in (("cut", [4, 7, 8, 8, 8], 0), ("drop", [7, 8], 20)):
+        count = PackingCount()
+        rows = list(pack(documents, LENGTH, pad_token_id=PAD, long_documents=way, count=count))
+        assert sorted(len(ids) for row in rows for ids, labels in documents_of(row) if PAD not in ids) == pieces
+        assert count.dropped == dropped and (count.cut_documents, count.dropped_documents) == (
+            way == "cut",
+            way == "drop",
+        )
+    assert "1 dropped" in str(count)
+    with pytest.raises(ValueError, match=r"long_documents must be one of \('cut', 'drop'\), but was 'keep'"):
+        list(pack(documents, LENGTH, pad_token_id=PAD, long_documents="keep"))
+
+
+def test_labels_of_their_own():
+    (row,) = pack([([5, 6, 7], [5, IGNORED, 7]), ([8, 9], [8, 9])], LENGTH, pad_token_id=PAD)
+    assert row["labels"] == [IGNORED, IGNORED, 7, IGNORED, 9, IGNORED, IGNORED, IGNORED]
+
+
+def test_rows_held_open_are_bounded():
+    """Long sequences: 2^24 tokens at most wait for more documents, whatever their number."""
+    read = []
+
+    def documents():
+        for i in range(10**6):
+            read.append(i)
+            yield [2] * (1 << 19)
+
+    next(pack(documents(), (1 << 20) - 1, pad_token_id=PAD))
+    assert len(read) == 17
+    read.clear()
+    next(pack(documents(), (1 << 20) - 1, pad_token_id=PAD, open_rows=2))
+    assert len(read) == 3
+
+
+# ---- mixtures ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Three sources: 100 documents of 10 characters, 20 of 50, 2 of 400."""
+    for name, number, size in (("a", 100, 10), ("b", 20, 50), ("c", 2, 400)):
+        rows = [json.dumps({"text": f"{name}{i:03}".ljust(size, name)}) for i in range(number)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    return lambda **weights: [{"dataset": str(tmp_path / f"{n}.jsonl"), "weight": w} for n, w in weights.items()]
+
+
+def test_mixture_keeps_its_weights_from_the_beginning(three):
+    weights = dict(a=0.5, b=0.3, c=0.2)
+    documents = list(read_documents(three(**weights)))
+    for end in (200, len(documents)):
+        size = {n: sum(len(d) for d in documents[:end] if d[0] == n) for n in weights}
+        for name, weight in weights.items():
+            assert abs(size[name] - weight * sum(size.values())) <= 400  # one document
+    assert list(read_documents(three(**weights))) == documents
+
+
+def test_mixture_reads_everything_and_says_what_it_read_again(three):
+    readings = {}
+    documents = list(read_documents(three(a=1, b=1, c=2), readings=readings))
+    assert len(set(documents)) == 122
+    passes = {Path(name).stem: reading.passes for name, reading in readings.items()}
+    assert passes == {"a": 2, "b": 1, "c": 3}  # a and b are as long, but a ends first: one row of it is read again
+    assert sum(r.rows for r in readings.values()) == len(documents)
+    assert sum(r.characters for r in readings.values()) == sum(map(len, documents))
+    told = str(PackingCount(sources=readings))
+    assert "c.jsonl: 49.9% of the characters" in told and "5 rows, begun 3 times" in told
+
+
+def test_one_source_is_read_once(three):
+    readings = {}
+    assert len(list(read_documents(three(b=3), readings=readings))) == 20
+    assert list(readings.values()) == [Reading(20, 1000, 1)]
+
+
+@pytest.mark.parametrize(
+    ("mixture", "error", "message"),
+    [
+        ([], ValueError, "dataset must be a name or a list"),
+        (["pydoc"], ValueError, "dataset must be a name or a list"),
+        ([{"weight": 1}], ValueError, "dataset among them"),
+        ([{"dataset": "pydoc", "share": 1}], ValueError, "has the keys"),
+        ([{"dataset": "pydoc", "weight": 0}], ValueError, "weight of pydoc must be a number above 0, but was 0"),
+        ([{"dataset": "pydoc", "weight": "much"}], ValueError, "must be a number above 0, but was 'much'"),
+        ([{"dataset": "pydoc"}, {"dataset": "pydoc"}], ValueError, "pydoc stands twice"),
+        ([{"dataset": "pydoc"}, {"dataset": "./nowhere"}], FileNotFoundError, "no such file or folder: ./nowhere"),
+    ],
+)
+def test_mixtures_that_cannot_be(mixture, error, message):
+    with pytest.raises(error, match=message):
+        read_documents(mixture)
+
+
+def test_an_empty_source_is_named(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"empty\.jsonl is empty, but the mixture gives it weight=1\.0"):
+        list(read_documents([{"dataset": "pydoc"}, {"dataset": str(tmp_path / "empty.jsonl")}]))
 
 
 def test_unrelated_text_is_left_as_it_is():

@@ -40,25 +40,39 @@ class HeldOutLoss:
         return {"mean": self.mean(), "trailing": self.trailing(trailing_tokens)}
 
 
-@torch.no_grad()
 def token_losses(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
     """Cross entropy at every position, float32 [sequences, length − 1], without holding all the logits.
-
-    The decoder runs once. The model's own forward then turns slices of its output into logits, so that each family
-    keeps what it does there (scaling, soft caps): only the decoder inside is replaced by what it has returned.
 
     Args:
         input_ids: int64 [sequences, length], one document each.
     """
-    decoder = model.get_decoder()
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None].expand_as(input_ids)
-    hidden = decoder(input_ids=input_ids, position_ids=positions, use_cache=False)
+    return target_losses(model, input_ids, positions, input_ids.roll(-1, dims=1))[:, :-1]
+
+
+@torch.no_grad()
+def target_losses(model: PreTrainedModel, input_ids, position_ids, targets) -> torch.Tensor:
+    """Cross entropy of `targets`, each the token after its position: float32 [sequences, length].
+
+    The decoder runs once. The model's own forward then turns slices of its output into logits, so that each family
+    keeps what it does there (scaling, soft caps): only the decoder inside is replaced by what it has returned. All
+    calls are the whole model's, which gathers the weights where they are sharded (FSDP2).
+
+    Args:
+        input_ids, position_ids, targets: int64 [sequences, length].
+    """
+    inputs = dict(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+    decoder, outputs, losses = model.get_decoder(), [], []
+    hook = decoder.register_forward_hook(lambda _module, _args, output: outputs.append(output))
+    try:
+        model(**inputs, logits_to_keep=1)
+    finally:
+        hook.remove()
     slice_length = max(1, _LOGITS // (input_ids.shape[0] * model.config.get_text_config().vocab_size))
-    losses = []
-    with _replay(decoder, hidden):
-        for where in positions[0, :-1].split(slice_length):
-            logits = model(input_ids=input_ids, logits_to_keep=where, use_cache=False).logits.float()
-            losses.append(torch.nn.functional.cross_entropy(logits.mT, input_ids[:, where + 1], reduction="none"))
+    with _replay(decoder, outputs[0]):
+        for where in torch.arange(input_ids.shape[1], device=input_ids.device).split(slice_length):
+            logits = model(**inputs, logits_to_keep=where).logits.float()
+            losses.append(torch.nn.functional.cross_entropy(logits.mT, targets[:, where], reduction="none"))
     return torch.cat(losses, dim=1)
 
 

@@ -75,7 +75,7 @@ def measure(
     ]
     try:
         with torch.no_grad(), attention(model, "sdpa"), look:
-            model.get_decoder()(input_ids=input_ids.to(model.device), use_cache=False)
+            model(input_ids=input_ids.to(model.device), use_cache=False, logits_to_keep=1)
     finally:
         for hook in hooks:
             hook.remove()

@@ -41,7 +41,7 @@ def record_routing(model: PreTrainedModel, input_ids: torch.Tensor, queries: int
     hooks = [m.register_forward_pre_hook(recorder.enter) for m in attentions]
     try:
         with torch.no_grad(), recorder:
-            model.get_decoder()(input_ids=input_ids, use_cache=False)
+            model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
     finally:
         for hook in hooks:
             hook.remove()

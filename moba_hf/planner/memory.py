@@ -70,7 +70,14 @@ def decode_memory(shape: ModelShape, work: Work, sharing: Sharing, device: Devic
 
 
 def train_memory(shape: ModelShape, work: Work, sharing: Sharing, device: Device, sparse: bool) -> Memory:
-    """The worst of three moments of a step: the loss, the backward of the last layer, and of the first."""
+    """The worst moment of a step, see `train_moments`."""
+    return max(train_moments(shape, work, sharing, device, sparse), key=lambda m: m.total)
+
+
+def train_moments(
+    shape: ModelShape, work: Work, sharing: Sharing, device: Device, sparse: bool
+) -> tuple[Memory, Memory, Memory]:
+    """Three moments of a step, one of them the worst: the loss, the backward of the last layer, and of the first."""
     tokens = work.batch * work.length / sharing.sequence
     kept, working = _layer_training(shape, work, sharing, device, sparse, tokens)
     state = 4 if work.mixed else work.item
@@ -87,16 +94,15 @@ def train_memory(shape: ModelShape, work: Work, sharing: Sharing, device: Device
     if work.fused_loss:
         logits += inputs  # the gradient of the last hidden state is made with the loss
     everything = shape.layers * waiting
-    moments = (
-        Memory("loss", {**held, "gradients": 0.0, "activations": everything + last_norm, "logits": logits}),
-        Memory("backward of the last layer",
-               {**held, "gradients": head_grads, "activations": everything + rest + working, "logits": 0.0}),
-        Memory("backward of the first layer",
-               {**held, "gradients": all_grads - layer_grads, "activations": waiting + rest + working, "logits": 0.0}),
-    )  # fmt: skip
-    worst = max(moments, key=lambda m: m.total)
     host = shape.layers * inputs if work.checkpointing == "offload" else 0.0
-    return Memory(worst.moment, worst.parts, host)
+    return (
+        Memory("loss", {**held, "gradients": 0.0, "activations": everything + last_norm, "logits": logits}, host),
+        Memory("backward of the last layer",
+               {**held, "gradients": head_grads, "activations": everything + rest + working, "logits": 0.0}, host),
+        Memory("backward of the first layer",
+               {**held, "gradients": all_grads - layer_grads, "activations": waiting + rest + working, "logits": 0.0},
+               host),
+    )  # fmt: skip
 
 
 def kv_cache_bytes(shape: ModelShape, work: Work, sharing: Sharing) -> float:

@@ -14,6 +14,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from ..config import MobaConfig
+from .schedule import Schedule
 
 PACKAGE_PREFIX = "package:"
 
@@ -32,6 +33,16 @@ class ModelArguments:
         default=None,
         metadata={"help": "Fields of MobaConfig: a mapping in YAML, JSON on the command line."},
     )
+    lora: dict | str | None = field(
+        default=None,
+        metadata={"help": "Train LoRA adapters alone: fields of peft.LoraConfig, given like moba."},
+    )
+    tiled_loss: bool = field(
+        default=False, metadata={"help": "Never hold all logits: TRL's head in tiles (needs trl). Or use_liger_kernel."}
+    )
+    sequence_parallel_size: int = field(
+        default=1, metadata={"help": "Ranks that share each training sequence (Ulysses; needs deepspeed); 1: none."}
+    )
     dense_attention: str = field(
         default="sdpa", metadata={"help": "The full attention that MoBA is compared with: any attn_implementation."}
     )
@@ -39,8 +50,10 @@ class ModelArguments:
     def __post_init__(self):
         if not self.model_name_or_path:
             raise ValueError("model_name_or_path is missing: name a hub id, a local folder or package:NAME")
-        if isinstance(self.moba, str):
-            self.moba = json.loads(self.moba)
+        _check_range("sequence_parallel_size", self.sequence_parallel_size, 1, None)
+        for name in ("moba", "lora"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, json.loads(getattr(self, name)))
         if self.moba is not None:
             self.moba = MobaConfig.from_dict(self.moba).to_dict()
 
@@ -49,9 +62,12 @@ class ModelArguments:
 class DataArguments:
     """Which text to train on, how it is packed, and what is held out."""
 
-    dataset: str | None = field(
+    dataset: list | str | None = field(
         default=None,
-        metadata={"help": "Hub id; a file or folder of .txt, .md, .rst, .jsonl or .parquet; or pydoc (Python's own)."},
+        metadata={
+            "help": "Hub id; a file or folder of .txt, .md, .rst, .jsonl or .parquet; pydoc (Python's own); or, in "
+            "YAML, a mixture: a list of {dataset, weight, config, split, text_column}."
+        },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
     dataset_split: str = field(default="train", metadata={"help": "Split of a hub data set."})
@@ -78,6 +94,35 @@ class DataArguments:
             _check_range(name, getattr(self, name), low, high)
         if not 0 < self.held_out_share < 1:
             raise ValueError(f"held_out_share must lie between 0 and 1, but was {self.held_out_share}")
+
+
+@dataclass
+class StageArguments:
+    """What makes this run a stage of a recipe: more positions, the mode over the run, how closely it is watched."""
+
+    rope: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "More positions before the stage starts: {method: interpolate, factor: 2}; see docs/training.md."
+        },
+    )
+    schedule: list | str | None = field(
+        default=None,
+        metadata={"help": "Phases {mode: moba or full, tokens or share, full_attention_layers}; by default all MoBA."},
+    )
+    recall_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Measure what MoBA selects every so many steps, a multiple of eval_steps; 0: before and after."
+        },
+    )
+
+    def __post_init__(self):
+        for name in ("rope", "schedule"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, json.loads(getattr(self, name)))
+        Schedule.from_list(self.schedule)
+        _check_range("recall_steps", self.recall_steps, 0, None)
 
 
 def _check_range(name: str, value: int, low: int, high: int | None) -> None:

@@ -1,17 +1,19 @@
-"""Documents -> token sequences of one length, with document boundaries; held-out text that training never sees."""
+"""Documents -> token sequences of one length, with document boundaries; held-out text that training never sees.
+
+What is read, in which order and in which shares: the module `sources`.
+"""
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
-PYDOC = "pydoc"
+from .sources import Reading
+
 IGNORED = -100  # label of a position that carries no loss
-_SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-_TEXT_SUFFIXES = (".txt", ".md", ".rst")
 _MIN_PARAGRAPH = 80  # characters; shorter ones ("See also:") repeat everywhere and give nothing away
-_OPEN_ROWS = 256  # rows kept open for best-fit packing
+_OPEN_ROWS, _OPEN_TOKENS = 256, 1 << 24  # kept open for best-fit packing: so many rows, but at most so many tokens
+LONG_DOCUMENTS = ("cut", "drop")
 
 
 @dataclass
@@ -23,76 +25,27 @@ class PackingCount:
     tokens: int = 0
     padding: int = 0
     dropped: int = 0
+    dropped_documents: int = 0  # longer than a sequence, where such documents are dropped
+    cut_documents: int = 0  # longer than a sequence, where such documents are cut
     held_out_characters: int = 0  # removed from training documents because the held-out text has them too
+    sources: dict[str, Reading] = field(default_factory=dict)  # what was read of each data set, held-out text included
+
+    def reset(self) -> None:
+        """Count from nothing again."""
+        self.__init__()
 
     def __str__(self) -> str:
-        return (
+        parts = [
             f"{self.sequences} sequences from {self.documents} documents: {self.tokens} tokens, {self.padding} of "
             f"padding, {self.dropped} dropped; {self.held_out_characters} characters left out because held-out text "
             f"has them too"
-        )
-
-
-# ---- documents -----------------------------------------------------------------------------------------------------
-
-
-def read_documents(
-    dataset: str, *, config: str | None = None, split: str = "train", text_column: str = "text"
-) -> Iterator[str]:
-    """The documents of a data set, in its order, one string each; read as they are asked for.
-
-    Args:
-        dataset: "pydoc" (the topics that Python's own help() shows), a local file or folder (.txt, .md and .rst: one
-            document per file; .jsonl and .parquet: one per row), or a hub id.
-        config, split: of a hub data set.
-        text_column: of everything that has columns.
-
-    Raises:
-        FileNotFoundError: a local path without such files. ValueError: no column of that name.
-    """
-    if dataset == PYDOC:
-        from pydoc_data.topics import topics
-
-        return iter([topics[name] for name in sorted(topics)])
-    files = _local_files(dataset)
-    if files is None:
-        return _rows(dataset, text_column, name=config, split=split)
-    return _read_files(files, text_column)
-
-
-def _local_files(dataset: str) -> list[Path] | None:
-    """The files that `dataset` names; None where it must be a hub id."""
-    path = Path(dataset).expanduser()
-    known = (*_SUFFIXES, *_TEXT_SUFFIXES)
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in known)
-        if not files:
-            raise FileNotFoundError(f"dataset: no {', '.join(known)} file in the folder {dataset}")
-        return files
-    if path.is_file():
-        if path.suffix not in known:
-            raise ValueError(f"dataset: {dataset} must end in one of {known}")
-        return [path]
-    if path.is_absolute() or path.suffix in known or dataset.startswith("."):
-        raise FileNotFoundError(f"dataset: no such file or folder: {dataset}")
-    return None
-
-
-def _read_files(files: list[Path], text_column: str) -> Iterator[str]:
-    for file in files:
-        if file.suffix in _TEXT_SUFFIXES:
-            yield file.read_text(encoding="utf-8")
-        else:
-            yield from _rows(_SUFFIXES[file.suffix], text_column, data_files=str(file), split="train")
-
-
-def _rows(path: str, text_column: str, **arguments) -> Iterator[str]:
-    from datasets import load_dataset
-
-    for row in load_dataset(path, streaming=True, **arguments):
-        if text_column not in row:
-            raise ValueError(f"text_column={text_column!r} is no column of the data; it has {sorted(row)}")
-        yield row[text_column]
+        ]
+        if self.cut_documents or self.dropped_documents:
+            parts.append(f"longer than a sequence: {self.cut_documents} cut, {self.dropped_documents} dropped")
+        read = sum(reading.characters for reading in self.sources.values())
+        if len(self.sources) > 1:
+            parts += [f"{name}: {reading.share_of(read)}" for name, reading in self.sources.items()]
+        return "; ".join(parts)
 
 
 # ---- held-out text -------------------------------------------------------------------------------------------------
@@ -193,51 +146,82 @@ def training_sequences(
 
 
 def pack(
-    documents: Iterable[list[int]],
+    documents: Iterable[list[int] | tuple[list[int], list[int]]],
     sequence_length: int,
     *,
     pad_token_id: int,
     document_mask: bool = True,
+    long_documents: str = "cut",
+    open_rows: int | None = None,
     count: PackingCount | None = None,
 ) -> Iterator[dict[str, list[int]]]:
     """Sequences of exactly `sequence_length` tokens: documents stay whole where they fit, best fit first.
 
-    Longer documents are cut. Only pieces of a single token, which carry no loss, are dropped. Order and result depend
-    on the input alone.
+    Order and result depend on the input alone. Pieces of a single token, which carry no loss, are dropped.
+
+    Args:
+        documents: token numbers of each; or (token numbers, labels), where labels are token numbers or −100.
+        long_documents: what becomes of a document longer than a sequence: "cut" into pieces, each but the last a whole
+            sequence, or "drop" it and count its tokens. Every other document is kept whole.
+        open_rows: sequences that are filled side by side at most; by default, what 2^24 tokens make, at most 256. More
+            of them leave less padding, fewer give the first sequence sooner.
+        count: kept up to date.
 
     Yields dicts of lists [sequence_length]:
         input_ids: what is left over is filled with `pad_token_id`.
-        labels: input_ids, −100 at padding and at the first token of a document (nothing before it predicts it).
+        labels: input_ids, or the labels given; −100 at padding and at the first token of a document (nothing before it
+            predicts it).
         position_ids: from 0 in each document, which is how attention knows the boundaries; padding counts as one
             more document. Without `document_mask`: 0 … sequence_length − 1, and attention crosses the boundaries.
+
+    Raises:
+        ValueError: an unknown value of `long_documents`.
     """
+    if long_documents not in LONG_DOCUMENTS:
+        raise ValueError(f"long_documents must be one of {LONG_DOCUMENTS}, but was {long_documents!r}")
     count = PackingCount() if count is None else count
+    most = open_rows or max(1, min(_OPEN_ROWS, _OPEN_TOKENS // sequence_length))
 
     def finish(pieces):
         row = _row(pieces, sequence_length, pad_token_id, document_mask)
-        filled = sum(map(len, pieces))
+        filled = _filled(pieces)
         count.sequences, count.tokens = count.sequences + 1, count.tokens + filled
         count.padding += sequence_length - filled
         return row
 
-    open_rows: list[list[list[int]]] = []
-    for document in documents:
-        for piece in _cut(document, sequence_length):
-            if len(piece) < 2:
-                count.dropped += len(piece)
-                continue
-            fitting = [row for row in open_rows if sum(map(len, row)) + len(piece) <= sequence_length]
-            row = max(fitting, key=lambda row: sum(map(len, row)), default=None)
-            if row is None:
-                row = []
-                open_rows.append(row)
-            row.append(piece)
-            fullest = max(open_rows, key=lambda row: sum(map(len, row)))
-            if sum(map(len, fullest)) >= sequence_length - 1 or len(open_rows) > _OPEN_ROWS:
-                open_rows.remove(fullest)
-                yield finish(fullest)
-    for row in open_rows:
+    rows: list[list[tuple[list[int], list[int]]]] = []
+    for piece in _pieces(documents, sequence_length, long_documents, count):
+        fitting = [row for row in rows if _filled(row) + len(piece[0]) <= sequence_length]
+        row = max(fitting, key=_filled, default=None)
+        if row is None:
+            row = []
+            rows.append(row)
+        row.append(piece)
+        fullest = max(rows, key=_filled)
+        if _filled(fullest) >= sequence_length - 1 or len(rows) > most:
+            rows.remove(fullest)
+            yield finish(fullest)
+    for row in rows:
         yield finish(row)
+
+
+def _pieces(documents, length: int, long_documents: str, count: PackingCount) -> Iterator[tuple[list[int], list[int]]]:
+    """(token numbers, labels) of what goes into one sequence each."""
+    for document in documents:
+        tokens, labels = document if isinstance(document, tuple) else (document, document)
+        if len(tokens) > length and long_documents == "drop":
+            count.dropped, count.dropped_documents = count.dropped + len(tokens), count.dropped_documents + 1
+            continue
+        count.cut_documents += len(tokens) > length
+        for piece in zip(_cut(tokens, length), _cut(labels, length)):
+            if len(piece[0]) < 2:
+                count.dropped += len(piece[0])
+            else:
+                yield piece
+
+
+def _filled(pieces: Sequence[tuple[list[int], list[int]]]) -> int:
+    return sum(len(tokens) for tokens, _ in pieces)
 
 
 def _tokenize(tokenizer, text: str) -> list[int]:
@@ -251,11 +235,11 @@ def _cut(tokens: list[int], length: int) -> list[list[int]]:
     return [tokens[i : i + length] for i in range(0, len(tokens), length)]
 
 
-def _row(pieces: list[list[int]], length: int, pad_token_id: int, document_mask: bool) -> dict[str, list[int]]:
+def _row(pieces, length: int, pad_token_id: int, document_mask: bool) -> dict[str, list[int]]:
     tokens, labels, positions = [], [], []
-    for piece in pieces:
+    for piece, piece_labels in pieces:
         tokens += piece
-        labels += [IGNORED, *piece[1:]] if document_mask else piece
+        labels += [IGNORED, *piece_labels[1:]] if document_mask else piece_labels
         positions += range(len(piece))
     padding = length - len(tokens)
     return {
