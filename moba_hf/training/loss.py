@@ -47,11 +47,11 @@ def check_liger(training_args) -> None:
     """Refuse use_liger_kernel where it cannot run: ValueError on a CPU, ModuleNotFoundError without liger-kernel."""
     if not training_args.use_liger_kernel:
         return
-    _need("liger_kernel", "use_liger_kernel", 'pip install "moba_hf[liger]"')
     if training_args.device.type == "cpu":
         raise ValueError(
             "use_liger_kernel needs a GPU, its kernels are Triton; on a CPU leave it out or take tiled_loss"
         )
+    _need("liger_kernel", "use_liger_kernel", 'pip install "moba_hf[liger]"')
 
 
 def _need(module: str, argument: str, remedy: str) -> None:
