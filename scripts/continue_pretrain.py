@@ -87,7 +87,8 @@ def main(argv: list[str] | None = None) -> dict:
     trainer.train(resume_from_checkpoint=run.last_checkpoint())
     after = measure_once(run, "after", trainer)
 
-    routing = record_routing(model, torch.tensor(held_out.sequences[:1], device=model.device))
+    length = data_args.sequence_length // model_args.sequence_parallel_size  # what a rank holds while it trains
+    routing = record_routing(model, torch.tensor([held_out.sequences[0][:length]], device=model.device))
     model.config.use_cache = config.use_cache  # Trainer turned it off
     trainer.save_model(str(run.result / "model"))
     report = make_report(trainer, before, after, count, settings, data_args)
@@ -123,7 +124,7 @@ def check(model_args, data_args: DataArguments, stage_args: StageArguments, trai
     if stage_args.rope is not None:
         logger.info("%s.", extend_positions(config, stage_args.rope))
     if model_args.sequence_parallel_size > 1:
-        sequence_parallel.check(config, model_args.sequence_parallel_size)
+        sequence_parallel.check(config, model_args.sequence_parallel_size, data_args.sequence_length)
     sequences = training_args.per_device_train_batch_size / model_args.sequence_parallel_size
     tokens = int(data_args.sequence_length * sequences)
     vocabulary = config.get_text_config().vocab_size

@@ -152,7 +152,7 @@ def check(model_args: ModelArguments, data_args: SftArguments, training_args: SF
     config = AutoConfig.from_pretrained(model_location(model_args), gguf_file=model_args.gguf_file)
     settings = moba_hf.configure(config, **moba_settings(model_args, data_args))
     if model_args.sequence_parallel_size > 1:
-        sequence_parallel.check(config, model_args.sequence_parallel_size)
+        sequence_parallel.check(config, model_args.sequence_parallel_size, data_args.sequence_length)
     positions = config.get_text_config().max_position_embeddings
     if data_args.sequence_length > positions:
         raise ValueError(

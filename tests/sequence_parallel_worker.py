@@ -1,4 +1,4 @@
-"""One of two gloo processes: computes what test_sequence_parallel.py compares with one process, and saves it.
+"""One of two or four gloo processes: computes what test_sequence_parallel.py compares with one, and saves it.
 
     RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=… python tests/sequence_parallel_worker.py FOLDER
 
@@ -16,6 +16,7 @@ from models import tiny_model, tokens
 from torch.distributed.fsdp import fully_shard
 from transformers import TrainingArguments, default_data_collator
 
+from moba_hf.evaluation.position_loss import token_losses
 from moba_hf.training import sequence_parallel
 from moba_hf.training.meter import Meter, MeteredTrainer
 
@@ -31,9 +32,9 @@ MODELS = {
 DOCUMENTS = {"one document": [LENGTH], "packed": [19, 11, 2]}  # the second begins on the first rank, ends on the second
 
 
-def make_batch(documents: list[int], rows: int = 1) -> dict[str, torch.Tensor]:
+def make_batch(documents: list[int], rows: int = 1, seed: int = 1) -> dict[str, torch.Tensor]:
     positions = torch.cat([torch.arange(length) for length in documents]).expand(rows, -1).clone()
-    input_ids = tokens(rows, LENGTH)
+    input_ids = tokens(rows, LENGTH, seed)
     labels = torch.where(positions == 0, -100, input_ids)
     return {"input_ids": input_ids, "position_ids": positions, "labels": labels}
 
@@ -72,10 +73,12 @@ def step(model, batch, items: int, ranks=None, scale: int = 1) -> None:
         (model(**batch, num_items_in_batch=items).loss * scale).backward()
 
 
-def fully_sharded(mode: str) -> dict[str, torch.Tensor]:
-    """Weights after three steps of SGD on two sequences: in "one" process; with weights sharded over two by FSDP2, a
-    sequence on each rank ("data"), or half of both sequences on each rank ("ulysses")."""
-    torch.manual_seed(0)
+def fully_sharded(mode: str) -> dict:
+    """Three steps of SGD on two sequences, then the loss of each token.
+
+    mode: "one" process; "data", weights sharded over two by FSDP2, a sequence on each; "ulysses", weights sharded in
+    the same way, half of both sequences on each.
+    """
     model = tiny_model(**MODELS["gqa"]).train()
     if mode != "one":
         for layer in model.model.layers:
@@ -84,26 +87,33 @@ def fully_sharded(mode: str) -> dict[str, torch.Tensor]:
     ranks = sequence_parallel.start(model.config, 2) if mode == "ulysses" else None
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     batch = make_batch(DOCUMENTS["packed"], rows=2)
-    items = targets(batch)
+    items, input_ids = targets(batch), batch["input_ids"]
     if mode == "data":
         batch = {name: x[dist.get_rank(), None] for name, x in batch.items()}
     for _ in range(3):
         optimizer.zero_grad()
-        step(model, batch, items, ranks, scale=1 if mode == "one" else 2)  # FSDP averages over the ranks
+        with contextlib.nullcontext() if ranks is None else ranks.sharing(model):
+            own = batch if ranks is None else ranks.part(batch)
+            loss = model(**own, num_items_in_batch=items).loss
+            (loss if mode == "one" else 2 * loss).backward()  # FSDP averages over its ranks
         optimizer.step()
-    return {name: getattr(x, "full_tensor", lambda x=x: x)().detach() for name, x in model.named_parameters()}
+    model.eval()
+    losses = token_losses(model, input_ids) if ranks is None else ranks.token_losses(model, input_ids)
+    whole = {name: getattr(x, "full_tensor", lambda x=x: x)().detach() for name, x in model.named_parameters()}
+    return {"weights": whole, "losses": losses}
 
 
-def train(folder: Path, *, size: int = 1, resume: bool = False) -> dict:
-    """Four steps through Trainer, the first half in full attention: losses, tokens and weights. Saves after two."""
+def train(folder: Path, *, size: int = 1, accumulation: int = 2, resume: bool = False) -> dict:
+    """Four steps through Trainer, the first half in full attention: what was logged, weights, and the meter."""
     model = tiny_model(**MODELS["replicated"], moba={"block_size": 4, "top_k": 3, "full_attention_layers": [-1]})
-    layouts = [[19, 11, 2], [LENGTH], [3, 29], [8, 8, 16], [LENGTH - 1, 1]]
-    rows = [make_batch(layout) for layout in layouts]
+    layouts = [[19, 11, 2], [LENGTH], [3, 29], [8, 8, 16], [LENGTH - 1, 1], [20, 12]]
+    rows = [make_batch(layout, seed=i) for i, layout in enumerate(layouts)]
     dataset = Dataset.from_list([{name: x[0].tolist() for name, x in row.items()} for row in rows])
     arguments = TrainingArguments(
-        str(folder), use_cpu=True, max_steps=4, per_device_train_batch_size=1, gradient_accumulation_steps=2,
-        gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}, optim="sgd",
-        learning_rate=0.1, lr_scheduler_type="constant", logging_steps=1, save_steps=2, report_to="none", seed=0,
+        str(folder), use_cpu=True, max_steps=4, per_device_train_batch_size=1,
+        gradient_accumulation_steps=accumulation, gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": False}, optim="sgd", learning_rate=0.1,
+        lr_scheduler_type="constant", logging_steps=1, save_steps=2, report_to="none", seed=0,
         include_num_input_tokens_seen="all", disable_tqdm=True,
     )  # fmt: skip
     trainer = MeteredTrainer(
@@ -121,29 +131,52 @@ def train(folder: Path, *, size: int = 1, resume: bool = False) -> dict:
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2") if resume else None)
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     logged = {name: [entry[name] for entry in entries] for name in ("loss", "grad_norm", "sparsity", "moba_layers")}
-    weights = {
-        name: x.detach().clone() for name, x in trainer.accelerator.unwrap_model(trainer.model).named_parameters()
-    }
+    model = trainer.accelerator.unwrap_model(trainer.model)
     measurement = trainer.measure()
     return {
         **logged,
         "tokens": trainer.state.num_input_tokens_seen,
-        "weights": weights,
-        "full": measurement.full.by_token,
-        "moba": measurement.moba.by_token,
+        "weights": {name: x.detach().clone() for name, x in model.named_parameters()},
+        "meter": torch.stack([measurement.full.by_token, measurement.moba.by_token]),
+        "whole sequences": token_losses(model, tokens(2, LENGTH, seed=7)),
     }
+
+
+def refusals(ranks) -> dict[str, str]:
+    """What is refused where ranks meet: the name of the error and its message."""
+    told = {}
+
+    def note(name: str, do) -> None:
+        try:
+            do()
+        except (ValueError, RuntimeError) as error:
+            told[name] = f"{type(error).__name__}: {error}"
+
+    def forward(window: int | None = None, **changes):
+        model = tiny_model() if window is None else tiny_model("mistral", sliding_window=window)
+        with ranks.sharing(model):
+            model(**{**ranks.part(make_batch([LENGTH])), **changes})
+
+    half = LENGTH // 2
+    note("left padding", lambda: forward(attention_mask=torch.tensor([[0] * 4 + [1] * (half - 4)])))
+    note("cu_seq_lens", lambda: forward(cu_seq_lens_q=torch.tensor([0, half]), cu_seq_lens_k=torch.tensor([0, half])))
+    note("position_ids of axes", lambda: forward(position_ids=torch.zeros(3, 1, half, dtype=torch.long)))
+    note("sliding window", lambda: forward(window=8))
+    note("wide window", lambda: forward(window=half + 8))  # wider than a part, narrower than the sequence
+    note("other rows", lambda: ranks.check_equal([{"input_ids": tokens(1, 8, seed=dist.get_rank())}], "cpu"))
+    note("processes", lambda: sequence_parallel.start(tiny_model().config, 4))
+    return told
 
 
 def main(folder: Path) -> None:
     dist.init_process_group("gloo")
-    found = {
-        ("fsdp", "data"): fully_sharded("data"),
-        ("fsdp", "ulysses"): fully_sharded("ulysses"),
-    }
+    found = {"train": train(folder / "train", size=2, accumulation=2 if dist.get_world_size() == 2 else 1)}
     ranks = sequence_parallel.start(tiny_model().config, 2)
-    found |= {(name, documents): forward_backward(name, documents, ranks) for name in MODELS for documents in DOCUMENTS}
-    found["train"] = train(folder / "train", size=2)
-    found["resumed"] = train(folder / "train", size=2, resume=True)
+    found["refusals"] = refusals(ranks)
+    if dist.get_world_size() == 2:
+        found["resumed"] = train(folder / "train", size=2, resume=True)
+        found |= {mode: fully_sharded(mode) for mode in ("data", "ulysses")}
+        found |= {(name, how): forward_backward(name, how, ranks) for name in MODELS for how in DOCUMENTS}
     torch.save(found, folder / f"rank{dist.get_rank()}.pt")
     dist.destroy_process_group()
 

@@ -308,10 +308,13 @@ _PADDING = (
 )
 
 
-def check(config: PreTrainedConfig, size: int) -> None:
-    """Raise ValueError for a model that `size` ranks cannot share, ModuleNotFoundError where deepspeed is missing."""
+def check(config: PreTrainedConfig, size: int, sequence_length: int | None = None) -> None:
+    """Raise ValueError for a model, or sequences of a length, that `size` ranks cannot share; ModuleNotFoundError where
+    deepspeed is missing."""
     if type(size) is not int or size < 2:
         raise ValueError(f"sequence_parallel_size must be an int of at least 2, but was {size!r}")
+    if sequence_length is not None:
+        _check_length(sequence_length, size)
     if importlib.util.find_spec("deepspeed") is None:
         raise ModuleNotFoundError('sequence parallelism needs deepspeed: pip install "moba_hf[deepspeed]"')
     config = config.get_text_config(decoder=True)
@@ -355,8 +358,7 @@ def _checked(batch: Mapping, size: int) -> dict:
     if any(name in batch for name in _CU_SEQ_LENS):
         raise ValueError(_CU_SEQ_LENS_REFUSED)
     shape = tuple(batch["input_ids"].shape)
-    if shape[1] % size:
-        raise ValueError(f"sequence_parallel_size={size} must divide the sequence length, which is {shape[1]}")
+    _check_length(shape[1], size)
     mask = batch.pop("attention_mask", None)
     if mask is not None and not mask.all():
         raise ValueError(_PADDING)
@@ -364,6 +366,11 @@ def _checked(batch: Mapping, size: int) -> dict:
         if isinstance(value, torch.Tensor) and tuple(value.shape) != shape:
             raise ValueError(f"{name} must have the shape of input_ids, {shape}, but had {tuple(value.shape)}")
     return batch
+
+
+def _check_length(length: int, size: int) -> None:
+    if length % size:
+        raise ValueError(f"sequence_parallel_size={size} must divide the sequence length, which is {length}")
 
 
 def _digest(input_ids: torch.Tensor) -> torch.Tensor:
