@@ -1,5 +1,6 @@
 # Each target works alone on a fresh machine: it sets up what it needs first. Needs python3 (3.10–3.13) with venv and pip.
 #   make demo          continue the pretraining of a real 135M model with MoBA, on a CPU, in minutes
+#   make rehearse      the whole recipe on the demo's model: 1K, 2K with position interpolation, MoBA, hybrid SFT
 #   make test          the test suite
 #   make test-oldest   the same on the oldest Transformers supported
 #   make lint          ruff
@@ -12,7 +13,7 @@ BIN := .venv/bin
 # spinning and 12 to 23 s asleep; on a quiet one, 6 s either way.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-oldest lint compile-kernels bench-check clean
+.PHONY: demo rehearse test test-oldest lint compile-kernels bench-check clean
 .DELETE_ON_ERROR:
 
 # $(call set-up,VENV,CONSTRAINTS): torch first and pinned, so that nothing else draws in another build of it; the model's
@@ -37,6 +38,14 @@ endef
 
 demo: .venv/installed
 	$(BIN)/python scripts/continue_pretrain.py --config configs/smollm2-135m-demo.yaml
+
+# each stage starts from the one before; interrupted, it goes on from the last checkpoint
+rehearse: .venv/installed
+	$(BIN)/python scripts/continue_pretrain.py --config configs/smollm2-135m/1k.yaml
+	$(BIN)/python scripts/continue_pretrain.py --config configs/smollm2-135m/2k.yaml
+	$(BIN)/python scripts/continue_pretrain.py --config configs/smollm2-135m/2k-moba.yaml
+	$(BIN)/python scripts/sft.py --config configs/smollm2-135m/sft-2k.yaml
+	$(BIN)/python scripts/summarize_rehearsal.py runs/rehearsal
 
 test: .venv/installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

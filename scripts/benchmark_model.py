@@ -20,6 +20,7 @@ Peak memory is everything: weights, cache and temporaries; the allocator's on CU
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import statistics
@@ -28,6 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 import moba_hf
@@ -35,6 +37,14 @@ from moba_hf import planner
 from moba_hf.evaluation.modes import MOBA, Mode, running
 
 MODES = ("prefill", "decode", "train")
+# For long inputs PyTorch does not choose its fastest dense kernel by itself: each is taken where it can be, in this
+# order. Decoding is left to PyTorch: cuDNN plans anew for every length of the cache.
+FASTEST_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 @dataclass(frozen=True)
@@ -166,7 +176,8 @@ def compare(options, model, mode: str, length: int) -> list[Row]:
 def attempt(options, model, mode: str, contender: Mode, state) -> tuple[float, float] | None:
     """(seconds, bytes at the peak) of one run; None where it does not fit the memory."""
     try:
-        with running(model, contender):
+        dense = contextlib.nullcontext() if mode == "decode" else sdpa_kernel(FASTEST_FIRST, set_priority=True)
+        with running(model, contender), dense:
             return clock(options, lambda: RUNS[mode](model, state, options))
     except torch.OutOfMemoryError:
         model.zero_grad()

@@ -96,7 +96,9 @@ def main(argv: list[str] | None = None) -> dict:
         draw_losses(run.result / "loss.png", trainer, before, after, data_args)
         draw_routing(run.result / "routing.png", routing, model)
         describe_model(trainer, report, model_args, data_args, run)
-        report["sample"] = generate(reload(run.result / "model", model_args), tokenizer, held_out, data_args)
+        report["sample"] = None
+        if data_args.sample_tokens:
+            report["sample"] = generate(reload(run.result / "model", model_args), tokenizer, held_out, data_args)
         write_json(run.result / "report.json", report)
         run.publish()
         print(closing_words(report, run.finished, model_args))
@@ -346,8 +348,6 @@ def describe_model(trainer, report: dict, model_args: ModelArguments, data_args:
 def generate(model, tokenizer, held_out: HeldOut, data_args) -> str:
     """Let the reloaded checkpoint go on from the middle of a held-out sequence."""
     prompt = torch.tensor([held_out.sequences[0][: data_args.sequence_length // 2]])
-    if data_args.sample_tokens == 0:
-        return ""
     output = model.generate(
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
@@ -374,8 +374,9 @@ def closing_words(report: dict, folder: Path, model_args: ModelArguments) -> str
     return (
         f"\nHeld-out text after {report['steps']} steps"
         + (f" ({speed:.0f} tokens per second)" if speed else "")
-        + f":\n\n{table}\n\n{report['activated']}\n\nThe reloaded checkpoint goes on: {report['sample']!r}\n\n"
-        f"Report and figures: {folder / 'report.json'}, {folder / 'loss.png'}, {folder / 'routing.png'}\n"
+        + f":\n\n{table}\n\n{report['activated']}\n\n"
+        + (f"The reloaded checkpoint goes on: {report['sample']!r}\n\n" if report["sample"] else "")
+        + f"Report and figures: {folder / 'report.json'}, {folder / 'loss.png'}, {folder / 'routing.png'}\n"
         f"Load the result:\n\n{loading_code(str(folder / 'model'), model_args, indent='  ')}\n"
     )
 

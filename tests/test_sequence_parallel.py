@@ -1,5 +1,6 @@
 """Ulysses on gloo processes equals one process; FSDP2 too; what cannot be shared is refused."""
 
+import json
 import os
 import socket
 import subprocess
@@ -231,3 +232,21 @@ def test_ring_context_parallel_is_refused(tmp_path):
             sequence_parallel.enable(trainer, 2)
     finally:
         trainer.accelerator.state.parallelism_config = None
+
+
+def test_benchmark_on_two_processes(tmp_path):
+    """scripts/benchmark_distributed.py: both attentions, and two processes beside one."""
+    report = tmp_path / "report.json"
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+        *(str(ROOT / "scripts" / "benchmark_distributed.py"), "--device", "cpu", "--preset", "tiny", "--check"),
+        *("--lengths", "256", "--block-size", "32", "--top-k", "2", "--steps", "1", "--output", str(report)),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(report.read_text())
+    assert [(row["attention"], row["length"]) for row in found["rows"]] == [("full", 256), ("moba", 256)]
+    assert all(row["tokens_per_second"] == pytest.approx(256 / row["seconds"]) for row in found["rows"])
+    assert found["check"]["float32"] <= EXACT
+    assert found["check"]["bfloat16"] <= found["check"]["bfloat16 beside float32"]

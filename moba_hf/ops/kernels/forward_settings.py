@@ -45,7 +45,7 @@ def table(capability, dtype, head_dim: int, block_size: int) -> dict[str, Tile]:
         past = own = Tile(64, 64, 4, 2) if width <= 128 else Tile(32, 32, 4, 1)
     elif width <= 128:  # the fastest of six settings each on an H100, head_dim 128: docs/kernels.md
         gate, own = Tile(64, 64, 4, 1), Tile(128, 32, 4, 2)
-        past = Tile(64, 128, 4, 2) if block_size <= _LARGEST_STATIONARY_BLOCK else Tile(128, 64, 4, 2)
+        past = Tile(64, 128, 4, 3) if block_size <= _LARGEST_STATIONARY_BLOCK else Tile(128, 64, 4, 2)
     else:
         gate, past, own = Tile(64, 32, 4, 1), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)
     return {"gate": gate, "past": past, "own": own}

@@ -1,0 +1,88 @@
+"""`make rehearse`: its stages are chained, its settings are read, and the summary says what the reports say."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import TrainingArguments
+
+from moba_hf.training.arguments import DataArguments, ModelArguments, StageArguments, parse
+
+ROOT = Path(__file__).parent.parent
+specification = importlib.util.spec_from_file_location(
+    "summarize_rehearsal", ROOT / "scripts" / "summarize_rehearsal.py"
+)
+summarize_rehearsal = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(summarize_rehearsal)
+
+CONFIGS = ROOT / "configs" / "smollm2-135m"
+
+
+def lines_of_the_target() -> list[str]:
+    text = (ROOT / "Makefile").read_text(encoding="utf-8").split("\nrehearse:")[1]
+    return [line.strip() for line in text.splitlines()[1:] if line.startswith("\t")][:5]
+
+
+def test_each_stage_starts_from_the_one_before():
+    names = [line.split("configs/smollm2-135m/")[1] for line in lines_of_the_target()[:-1]]
+    stages = [yaml.safe_load((CONFIGS / name).read_text(encoding="utf-8")) for name in names]
+    assert stages[0]["model_name_or_path"].startswith("package:")
+    for former, stage in zip(stages, stages[1:]):
+        assert stage["model_name_or_path"] == former["output_dir"] + "/model"
+    assert [Path(stage["output_dir"]).name for stage in stages] == list(summarize_rehearsal.STAGES)
+    assert {str(Path(stage["output_dir"]).parent) for stage in stages} == {lines_of_the_target()[-1].split()[-1]}
+    assert stages[1]["sequence_length"] == 2 * stages[0]["sequence_length"] and stages[1]["rope"]["factor"] == 2
+    assert [phase["mode"] for phase in stages[2]["schedule"]] == ["moba", "full"]
+
+
+@pytest.mark.parametrize("name", ["1k", "2k", "2k-moba"])
+def test_settings_are_read(name):
+    path = str(CONFIGS / f"{name}.yaml")
+    model, data, stage, training = parse(
+        (ModelArguments, DataArguments, StageArguments, TrainingArguments), ["--config", path, "--use_cpu", "true"]
+    )
+    assert data.sequence_length % model.moba["block_size"] == 0
+    assert model.moba["block_size"] * model.moba["top_k"] < data.sequence_length, "nothing would be sparse"
+    assert training.max_steps > 0 and stage.schedule
+
+
+def report(steps: int, layers: list[int], offset: float) -> dict:
+    losses = [2.0 - 0.01 * i for i in range(steps)]
+    return {
+        "steps": steps,
+        "full_before": {"mean": 2.5}, "full_after": {"mean": 2.25},
+        "moba_before": {"mean": 3.0 + offset}, "moba_after": {"mean": 2.5},
+        "history": {"loss": losses, "moba_layers": layers},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    reports = {
+        "1k": report(3, [0, 0, 0], 0.0),
+        "2k": report(3, [0, 0, 0], 0.125),
+        "2k-moba": report(5, [27, 27, 27, 27, 0], 0.25),
+        "sft": {"steps": 2, "full_loss_before": 1.5, "full_loss_after": 1.25, "moba_loss_before": 1.75,
+                "moba_loss_after": 1.375},
+    }  # fmt: skip
+    for name, content in reports.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def test_summary(folder, capsys):
+    text = summarize_rehearsal.main([str(folder)])
+    assert "| 2k-moba | 5 | 2.500 → 2.250 | 3.250 → 2.500 | 0.750 → 0.250 |" in text
+    assert "| sft | 2 | 1.500 → 1.250 | 1.750 → 1.375 | 0.250 → 0.125 |" in text
+    assert "2k-moba, moba to full after step 4: training loss 1.990, 1.980, 1.970 | 1.960" in text
+    assert text in capsys.readouterr().out and (folder / "stages.png").stat().st_size > 5000
+
+
+def test_a_stage_that_did_not_run(folder, capsys):
+    (folder / "2k" / "report.json").unlink()
+    with pytest.raises(SystemExit):
+        summarize_rehearsal.main([str(folder)])
+    assert "no report.json of the stages 2k: run make rehearse first" in capsys.readouterr().err
