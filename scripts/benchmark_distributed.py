@@ -212,7 +212,7 @@ def train(options, length: int, attention: str) -> dict:
     seconds = statistics.median(times)
     row = {
         "length": length, "attention": attention, "seconds": seconds, "spread": max(times) - min(times),
-        "tokens_per_second": length / seconds, "peak_gib": peak_gib(options), "planned_gib": planned(options, length),
+        "tokens_per_second": length / seconds, "peak_gib": peak_gib(options), "planned_gib": planned(options, length, attention),
     }  # fmt: skip
     return row | ({"communication_share": communication_share(step)} if options.profile else {})
 
@@ -251,7 +251,7 @@ def peak_gib(options) -> float | None:
     return peak.item()
 
 
-def planned(options, length: int) -> float | None:
+def planned(options, length: int, attention: str) -> float | None:
     """What `moba_hf.planner` predicts for one GPU; None for a shape that is no preset's."""
     if options.preset == "tiny":
         return None
@@ -261,7 +261,7 @@ def planned(options, length: int) -> float | None:
         length, options.block_size, options.top_k, mixed=False, checkpointing="offload" if options.offload else "layer"
     )
     sharing = planner.Sharing(dist.get_world_size())
-    return planner.train_memory(shape, work, sharing, planner.DEVICES["h100"], True).total / planner.GIB
+    return planner.train_memory(shape, work, sharing, planner.DEVICES["h100"], attention == "moba").total / planner.GIB
 
 
 def communication_share(step) -> float:

@@ -76,6 +76,7 @@ def text(model, search: str, cache, padded: bool, **settings):
     if search in ONE_ROW:
         ids = torch.cat([ids[:1, :13], ids[:1, :13]], 1)
         mask = torch.ones_like(ids)
+        mask[:, : 3 * padded] = 0
     if search == "assisted":
         kwargs = dict(assistant_model=tiny_model("llama", num_hidden_layers=1))
     torch.manual_seed(3)
@@ -149,12 +150,25 @@ CACHES = {
 @torch.no_grad()
 def test_pieces_equal_one_shot(kind, padded, block_size, piece):
     """A prompt in one piece, in chunks that end inside blocks, and token by token: the same logits."""
-    model = tiny_model()
+    check_pieces(tiny_model(), CACHES[kind], padded, block_size, piece)
+
+
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("piece", [1, 5, 12])
+@torch.no_grad()
+def test_pieces_equal_one_shot_beside_sliding_layers(kind, padded, piece):
+    """The first layer routes over all keys, the second keeps a window of 8."""
+    model = tiny_model("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    check_pieces(model, CACHES[kind], padded, 3, piece)
+
+
+def check_pieces(model, make_cache, padded: bool, block_size: int, piece: int) -> None:
     moba_hf.configure(model, decode="moba", block_size=block_size, engine="blockwise")
     ids, mask = batch(padded)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     expected = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
-    cache, parts = CACHES[kind](model.config), []
+    cache, parts = make_cache(model.config), []
     for start in range(0, LENGTH, piece):
         part = slice(start, start + piece)
         where = dict(attention_mask=mask[:, : part.stop], position_ids=positions[:, part])
