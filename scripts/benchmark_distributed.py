@@ -212,7 +212,8 @@ def train(options, length: int, attention: str) -> dict:
     seconds = statistics.median(times)
     row = {
         "length": length, "attention": attention, "seconds": seconds, "spread": max(times) - min(times),
-        "tokens_per_second": length / seconds, "peak_gib": peak_gib(options), "planned_gib": planned(options, length, attention),
+        "tokens_per_second": length / seconds, "peak_gib": peak_gib(options),
+        "planned_gib": planned(options, length, attention),
     }  # fmt: skip
     return row | ({"communication_share": communication_share(step)} if options.profile else {})
 
