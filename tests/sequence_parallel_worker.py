@@ -160,7 +160,10 @@ def refusals(ranks) -> dict[str, str]:
     half = LENGTH // 2
     note("left padding", lambda: forward(attention_mask=torch.tensor([[0] * 4 + [1] * (half - 4)])))
     note("cu_seq_lens", lambda: forward(cu_seq_lens_q=torch.tensor([0, half]), cu_seq_lens_k=torch.tensor([0, half])))
-    note("position_ids of axes", lambda: forward(position_ids=torch.zeros(3, 1, half, dtype=torch.long)))
+    axes = torch.zeros(3, 1, half, dtype=torch.long)  # to attention itself: Llama's rotary embedding takes no axes
+    states = [torch.zeros(1, 4, half, 16)] * 3
+    attend = sequence_parallel.ulysses_attention_forward
+    note("position_ids of axes", lambda: attend(torch.nn.Identity(), *states, None, position_ids=axes))
     note("sliding window", lambda: forward(window=8))
     note("wide window", lambda: forward(window=half + 8))  # wider than a part, narrower than the sequence
     note("other rows", lambda: ranks.check_equal([{"input_ids": tokens(1, 8, seed=dist.get_rank())}], "cpu"))
