@@ -1,5 +1,7 @@
 """MobaCache and other caches in models: every family, every way to generate, prompts in pieces, sparse decoding."""
 
+import contextlib
+
 import pytest
 import torch
 from models import FAMILIES, tiny_config, tiny_model, tokens, twin
@@ -161,6 +163,28 @@ def test_pieces_equal_one_shot_beside_sliding_layers(kind, padded, piece):
     """The first layer routes over all keys, the second keeps a window of 8."""
     model = tiny_model("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1)
     check_pieces(model, CACHES[kind], padded, 3, piece)
+
+
+class Stream(contextlib.nullcontext):
+    """In place of a GPU's: the work is done when it is asked for."""
+
+    def wait_stream(self, other):
+        pass
+
+
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_pieces_equal_one_shot_offloaded(monkeypatch, kind, padded):
+    """Each layer leaves the GPU after its turn and returns before the next; here both are the CPU's memory."""
+    monkeypatch.setattr(torch, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: Stream())
+    caches = {
+        "moba": lambda config: MobaCache(config, offloading=True),
+        "dynamic": lambda config: DynamicCache(config=config, offloading=True),
+        "static": lambda config: StaticCache(config=config, max_cache_len=40, offloading=True),
+    }
+    check_pieces(tiny_model(), caches[kind], padded, 3, 5)
 
 
 def check_pieces(model, make_cache, padded: bool, block_size: int, piece: int) -> None:
