@@ -1,4 +1,4 @@
-"""`make rehearse`: its stages are chained, its settings are read, and the summary says what the reports say."""
+"""`make rehearse`: its stages are chained, and the summary says what the reports say."""
 
 import importlib.util
 import json
@@ -6,9 +6,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from transformers import TrainingArguments
-
-from moba_hf.training.arguments import DataArguments, ModelArguments, StageArguments, parse
 
 ROOT = Path(__file__).parent.parent
 specification = importlib.util.spec_from_file_location(
@@ -35,17 +32,6 @@ def test_each_stage_starts_from_the_one_before():
     assert {str(Path(stage["output_dir"]).parent) for stage in stages} == {lines_of_the_target()[-1].split()[-1]}
     assert stages[1]["sequence_length"] == 2 * stages[0]["sequence_length"] and stages[1]["rope"]["factor"] == 2
     assert [phase["mode"] for phase in stages[2]["schedule"]] == ["moba", "full"]
-
-
-@pytest.mark.parametrize("name", ["1k", "2k", "2k-moba"])
-def test_settings_are_read(name):
-    path = str(CONFIGS / f"{name}.yaml")
-    model, data, stage, training = parse(
-        (ModelArguments, DataArguments, StageArguments, TrainingArguments), ["--config", path, "--use_cpu", "true"]
-    )
-    assert data.sequence_length % model.moba["block_size"] == 0
-    assert model.moba["block_size"] * model.moba["top_k"] < data.sequence_length, "nothing would be sparse"
-    assert training.max_steps > 0 and stage.schedule
 
 
 def report(steps: int, layers: list[int], offset: float) -> dict:
