@@ -39,13 +39,20 @@ endef
 demo: .venv/installed
 	$(BIN)/python scripts/continue_pretrain.py --config configs/smollm2-135m-demo.yaml
 
-# each stage starts from the one before; interrupted, it goes on from the last checkpoint
-rehearse: .venv/installed
-	$(BIN)/python scripts/continue_pretrain.py --config configs/smollm2-135m/1k.yaml
-	$(BIN)/python scripts/continue_pretrain.py --config configs/smollm2-135m/2k.yaml
-	$(BIN)/python scripts/continue_pretrain.py --config configs/smollm2-135m/2k-moba.yaml
-	$(BIN)/python scripts/sft.py --config configs/smollm2-135m/sft-2k.yaml
-	$(BIN)/python scripts/summarize_rehearsal.py runs/rehearsal
+# Each stage starts from the model of the one before. Called again, a finished stage is left as it is, unless its config
+# is newer, and an interrupted one goes on from its last checkpoint. `rm -r runs/rehearsal` starts anew.
+REHEARSAL := runs/rehearsal
+rehearse: $(REHEARSAL)/sft/report.json
+	$(BIN)/python scripts/summarize_rehearsal.py $(REHEARSAL)
+
+$(REHEARSAL)/1k/report.json: configs/smollm2-135m/1k.yaml | .venv/installed
+	$(BIN)/python scripts/continue_pretrain.py --config $<
+$(REHEARSAL)/2k/report.json: configs/smollm2-135m/2k.yaml $(REHEARSAL)/1k/report.json | .venv/installed
+	$(BIN)/python scripts/continue_pretrain.py --config $<
+$(REHEARSAL)/2k-moba/report.json: configs/smollm2-135m/2k-moba.yaml $(REHEARSAL)/2k/report.json | .venv/installed
+	$(BIN)/python scripts/continue_pretrain.py --config $<
+$(REHEARSAL)/sft/report.json: configs/smollm2-135m/sft-2k.yaml $(REHEARSAL)/2k-moba/report.json | .venv/installed
+	$(BIN)/python scripts/sft.py --config $<
 
 test: .venv/installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

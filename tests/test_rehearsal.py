@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -17,19 +19,41 @@ specification.loader.exec_module(summarize_rehearsal)
 CONFIGS = ROOT / "configs" / "smollm2-135m"
 
 
-def lines_of_the_target() -> list[str]:
-    text = (ROOT / "Makefile").read_text(encoding="utf-8").split("\nrehearse:")[1]
-    return [line.strip() for line in text.splitlines()[1:] if line.startswith("\t")][:5]
+STAGES = summarize_rehearsal.STAGES
 
 
-def test_each_stage_starts_from_the_one_before():
-    names = [line.split("configs/smollm2-135m/")[1] for line in lines_of_the_target()[:-1]]
-    stages = [yaml.safe_load((CONFIGS / name).read_text(encoding="utf-8")) for name in names]
+def commands_of_the_target(folder: Path, finished: tuple[str, ...] = ()) -> list[str]:
+    """What `make rehearse` would run in a checkout where everything is installed and some stages have finished."""
+    shutil.copy(ROOT / "Makefile", folder)
+    shutil.copytree(CONFIGS, folder / "configs" / "smollm2-135m")
+    reports = [folder / "runs" / "rehearsal" / stage / "report.json" for stage in finished]
+    for file in (folder / "pyproject.toml", folder / "constraints.txt", folder / ".venv" / "installed", *reports):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    ran = subprocess.run(["make", "-n", "rehearse"], cwd=folder, capture_output=True, text=True, check=True)
+    return [line for line in ran.stdout.splitlines() if "scripts/" in line]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("finished", [0, 2, 4])
+def test_a_finished_stage_is_left_as_it_is(tmp_path, finished):
+    names = ["1k.yaml", "2k.yaml", "2k-moba.yaml", "sft-2k.yaml"]
+    commands = commands_of_the_target(tmp_path, STAGES[:finished])
+    assert [Path(line.split()[-1]).name for line in commands] == [*names[finished:], "rehearsal"]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_each_stage_starts_from_the_one_before(tmp_path):
+    commands = commands_of_the_target(tmp_path)
+    assert [line.split()[1] for line in commands] == [
+        *3 * ["scripts/continue_pretrain.py"], "scripts/sft.py", "scripts/summarize_rehearsal.py"
+    ]  # fmt: skip
+    stages = [yaml.safe_load((ROOT / line.split()[-1]).read_text(encoding="utf-8")) for line in commands[:-1]]
     assert stages[0]["model_name_or_path"].startswith("package:")
     for former, stage in zip(stages, stages[1:]):
         assert stage["model_name_or_path"] == former["output_dir"] + "/model"
-    assert [Path(stage["output_dir"]).name for stage in stages] == list(summarize_rehearsal.STAGES)
-    assert {str(Path(stage["output_dir"]).parent) for stage in stages} == {lines_of_the_target()[-1].split()[-1]}
+    assert [Path(stage["output_dir"]).name for stage in stages] == list(STAGES)
+    assert {str(Path(stage["output_dir"]).parent) for stage in stages} == {commands[-1].split()[-1]}
     assert stages[1]["sequence_length"] == 2 * stages[0]["sequence_length"] and stages[1]["rope"]["factor"] == 2
     assert [phase["mode"] for phase in stages[2]["schedule"]] == ["moba", "full"]
 
