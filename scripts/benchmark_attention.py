@@ -287,9 +287,8 @@ def crossing(rows: list[dict]) -> str:
 def write(options, rows: list[dict]) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     settings = {name: value for name, value in vars(options).items() if name not in ("output", "memory_of")}
-    known = [
-        {name: value if value == value else None for name, value in row.items()} for row in rows
-    ]  # JSON has no NaN
+    # JSON has no NaN
+    known = [{name: None if value != value else value for name, value in row.items()} for row in rows]
     result = {"settings": settings, "torch": torch.__version__, "threads": torch.get_num_threads(), "rows": known}
     (options.output / "results.json").write_text(json.dumps(result, indent=1, allow_nan=False))
     with (options.output / "results.csv").open("w", newline="") as file:

@@ -20,6 +20,7 @@ import json
 import os
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ from moba_hf import planner
 from moba_hf.training import sequence_parallel
 
 TINY = planner.ModelShape("tiny", 2, 64, 4, 2, 16, 128, 256)
+ALONE = sequence_parallel.SharingRanks(size=1, rank=0, group=None)  # whole sequences, labels shifted all the same
 LOSS_TILE = 4096  # tokens whose logits exist together
 
 
@@ -103,14 +105,14 @@ def say(rank: int, text: str) -> None:
         print(text, flush=True)
 
 
-def build(options, shape: planner.ModelShape, layers: int, length: int, dtype, **moba):
+def shape_of(options) -> planner.ModelShape:
+    shape = TINY if options.preset == "tiny" else planner.PRESETS[options.preset]
+    return replace(shape, layers=options.layers or shape.layers)
+
+
+def build(options, shape: planner.ModelShape, length: int, dtype, **moba):
     """Random weights, the same in every process."""
-    config = LlamaConfig(
-        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
-        num_hidden_layers=layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim, tie_word_embeddings=shape.tied, max_position_embeddings=length,
-        moba=moba, moba_trained_tokens=1,
-    )  # fmt: skip
+    config = LlamaConfig(**shape.llama_settings(), max_position_embeddings=length, moba=moba, moba_trained_tokens=1)
     torch.manual_seed(0)
     with torch.device(options.device):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="moba")
@@ -125,7 +127,7 @@ def check(options) -> dict:
     length, found = 4096, {}
     batch = make_batch(length, shape.vocabulary, options.device, documents=[1500, 2200, 396])
     for dtype in (torch.float32, torch.bfloat16):
-        model = build(options, shape, 6, length, dtype, block_size=64, top_k=4, full_attention_layers=[-3, -2, -1])
+        model = build(options, shape, length, dtype, block_size=64, top_k=4, full_attention_layers=[-3, -2, -1])
         found[dtype, "one"] = logits_and_gradients(model, batch, None)
         ranks = sequence_parallel.start(model.config, dist.get_world_size())
         found[dtype, "all"] = logits_and_gradients(model, batch, ranks)
@@ -183,24 +185,23 @@ def measure(options, length: int) -> list[dict]:
 
 def train(options, length: int, attention: str) -> dict:
     """Median seconds of a step, tokens/s of all processes, and the largest memory of any of them."""
-    shape, size = TINY if options.preset == "tiny" else planner.PRESETS[options.preset], dist.get_world_size()
-    layers = options.layers or shape.layers
+    shape, size = shape_of(options), dist.get_world_size()
     moba = {"block_size": options.block_size, "top_k": options.top_k}
     if attention == "full":
-        moba["full_attention_layers"] = list(range(layers))
-    model = build(options, shape, layers, length, torch.bfloat16, **moba).train()
+        moba["full_attention_layers"] = list(range(shape.layers))
+    model = build(options, shape, length, torch.bfloat16, **moba).train()
     model.gradient_checkpointing_enable({"use_reentrant": True})  # its inputs pass through save_on_cpu
     whole = WithLoss(model, options.offload)
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(whole)
-    ranks = sequence_parallel.start(model.config, size) if size > 1 else None
+    ranks = sequence_parallel.start(model.config, size) if size > 1 else ALONE
     optimizer = torch.optim.AdamW(whole.parameters(), lr=1e-5, fused=options.device == "cuda")
     batch = make_batch(length, shape.vocabulary, options.device)
 
     def step():
-        with contextlib.nullcontext() if ranks is None else ranks.sharing(model):
-            part = single(batch) if ranks is None else ranks.part(batch)
+        with contextlib.nullcontext() if ranks is ALONE else ranks.sharing(model):
+            part = ranks.part(batch)
             loss = whole(part["input_ids"], part["position_ids"], part["shift_labels"])
             (loss / length).backward()
         optimizer.step()
@@ -216,11 +217,6 @@ def train(options, length: int, attention: str) -> dict:
         "planned_gib": planned(options, length, attention),
     }  # fmt: skip
     return row | ({"communication_share": communication_share(step)} if options.profile else {})
-
-
-def single(batch: dict) -> dict:
-    shifted = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
-    return {**batch, "shift_labels": shifted}
 
 
 def clock(options, step) -> float:
@@ -256,13 +252,14 @@ def planned(options, length: int, attention: str) -> float | None:
     """What `moba_hf.planner` predicts for one GPU; None for a shape that is no preset's."""
     if options.preset == "tiny":
         return None
-    shape = planner.PRESETS[options.preset]
-    shape = planner.ModelShape(**{**vars(shape), "layers": options.layers or shape.layers})
     work = planner.Work(
         length, options.block_size, options.top_k, mixed=False, checkpointing="offload" if options.offload else "layer"
     )
     sharing = planner.Sharing(dist.get_world_size())
-    return planner.train_memory(shape, work, sharing, planner.DEVICES["h100"], attention == "moba").total / planner.GIB
+    return (
+        planner.train_memory(shape_of(options), work, sharing, planner.DEVICES["h100"], attention == "moba").total
+        / planner.GIB
+    )
 
 
 def communication_share(step) -> float:

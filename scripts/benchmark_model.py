@@ -25,7 +25,7 @@ import gc
 import json
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -127,9 +127,7 @@ def load(options) -> torch.nn.Module:
         return model.to(options.device)
     shape = planner.PRESETS[options.preset]
     config = LlamaConfig(
-        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
-        num_hidden_layers=options.layers or shape.layers, num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim, tie_word_embeddings=shape.tied,
+        **replace(shape, layers=options.layers or shape.layers).llama_settings(),
         max_position_embeddings=max(options.lengths) + options.decode_tokens * (options.rounds + 1),
         # random weights are not trained for anything: no warning needed that they are not trained for MoBA
         moba=moba, moba_trained_tokens=1,

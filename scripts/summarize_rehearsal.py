@@ -13,6 +13,7 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from moba_hf.evaluation.figures import FULL, MOBA, STYLE, save
 
@@ -80,16 +81,15 @@ def figure(reports: dict[str, dict]) -> Figure:
             history = report["history"]
             for mode, color, marker in (("full", FULL, "s"), ("moba", MOBA, "o")):
                 chosen = [i for i, layers in enumerate(history["moba_layers"]) if bool(layers) == (mode == "moba")]
-                label = {"full": "full attention", "moba": "MoBA"}[mode] if first == 0 or mode == "moba" else None
-                if chosen:
-                    at = [first + i + 1 for i in chosen]
-                    panel.plot(at, [history["loss"][i] for i in chosen], color=color, marker=marker, label=label)
+                at = [first + i + 1 for i in chosen]
+                panel.plot(at, [history["loss"][i] for i in chosen], color=color, marker=marker)
             panel.axvline(first + 0.5, color="0.8", linewidth=1, zorder=0)
             panel.text(first + 0.7, 1.01, stage, transform=panel.get_xaxis_transform(), va="bottom")
             first += len(history["loss"])
         panel.set_xlabel("step")
         panel.set_ylabel("training loss")
-        panel.legend()
+        names = (("full attention", FULL, "s"), ("MoBA", MOBA, "o"))
+        panel.legend(handles=[Line2D([], [], color=color, marker=marker, label=name) for name, color, marker in names])
         return drawing
 
 

@@ -1,16 +1,11 @@
 """The regression guard: what it finds, and that it passes on what it has just stored."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
+from checkpoints import load_script
 
-_SPEC = importlib.util.spec_from_file_location(
-    "bench_check", Path(__file__).parent.parent / "scripts" / "bench_check.py"
-)
-bench_check = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(bench_check)
+bench_check = load_script("bench_check")
 
 
 @pytest.fixture(scope="module")

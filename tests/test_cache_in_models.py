@@ -1,6 +1,7 @@
 """MobaCache and other caches in models: every family, every way to generate, prompts in pieces, sparse decoding."""
 
 import contextlib
+import functools
 
 import pytest
 import torch
@@ -65,9 +66,12 @@ ONE_ROW = {"lookup": dict(prompt_lookup_num_tokens=3), "assisted": {}}
 
 @pytest.fixture(params=["llama", "sliding"])
 def model(request):
-    if request.param == "sliding":
-        return tiny_model("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1)
-    return tiny_model(request.param)
+    return sliding_model() if request.param == "sliding" else tiny_model(request.param)
+
+
+def sliding_model():
+    """The first layer routes over all keys, the others keep a window of 8."""
+    return tiny_model("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1)
 
 
 def text(model, search: str, cache, padded: bool, **settings):
@@ -140,8 +144,8 @@ def test_decode_full(model, search):
 
 CACHES = {
     "moba": MobaCache,
-    "dynamic": lambda config: DynamicCache(config=config),
-    "static": lambda config: StaticCache(config=config, max_cache_len=40),
+    "dynamic": lambda config, **how: DynamicCache(config=config, **how),
+    "static": lambda config, **how: StaticCache(config=config, max_cache_len=40, **how),
 }
 
 
@@ -161,8 +165,7 @@ def test_pieces_equal_one_shot(kind, padded, block_size, piece):
 @torch.no_grad()
 def test_pieces_equal_one_shot_beside_sliding_layers(kind, padded, piece):
     """The first layer routes over all keys, the second keeps a window of 8."""
-    model = tiny_model("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1)
-    check_pieces(model, CACHES[kind], padded, 3, piece)
+    check_pieces(sliding_model(), CACHES[kind], padded, 3, piece)
 
 
 class Stream(contextlib.nullcontext):
@@ -179,12 +182,7 @@ def test_pieces_equal_one_shot_offloaded(monkeypatch, kind, padded):
     """Each layer leaves the GPU after its turn and returns before the next; here both are the CPU's memory."""
     monkeypatch.setattr(torch, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: Stream())
-    caches = {
-        "moba": lambda config: MobaCache(config, offloading=True),
-        "dynamic": lambda config: DynamicCache(config=config, offloading=True),
-        "static": lambda config: StaticCache(config=config, max_cache_len=40, offloading=True),
-    }
-    check_pieces(tiny_model(), caches[kind], padded, 3, 5)
+    check_pieces(tiny_model(), functools.partial(CACHES[kind], offloading=True), padded, 3, 5)
 
 
 def check_pieces(model, make_cache, padded: bool, block_size: int, piece: int) -> None:

@@ -63,32 +63,35 @@ def contents(wheel: Path) -> dict[str, bytes]:
         return {name: archive.read(name) for name in archive.namelist()}
 
 
-def test_metadata_is_complete(wheel):
+INFO = f"moba_hf-{moba_hf.__version__}.dist-info"
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel):
+    return Parser().parsestr(contents(wheel)[f"{INFO}/METADATA"].decode())
+
+
+def test_metadata_is_complete(wheel, metadata):
     files = contents(wheel)
-    info = f"moba_hf-{moba_hf.__version__}.dist-info"
-    metadata = Parser().parsestr(files[f"{info}/METADATA"].decode())
     assert (metadata["Name"], metadata["Version"]) == ("moba_hf", moba_hf.__version__)
     assert metadata["License-Expression"] == "Apache-2.0" and metadata.get_all("License-File") == ["LICENSE"]
-    assert files[f"{info}/licenses/LICENSE"] == (ROOT / "LICENSE").read_bytes()
+    assert files[f"{INFO}/licenses/LICENSE"] == (ROOT / "LICENSE").read_bytes()
     assert metadata["Description-Content-Type"] == "text/markdown"
     assert metadata.get_payload().strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
     assert "MoBA" in metadata["Summary"] and "MoBA" in metadata["Keywords"]
     assert any("arxiv.org/abs/2502.13189" in url for url in metadata.get_all("Project-URL"))
-    assert "[console_scripts]\nmoba-hf = moba_hf.cli:main" in files[f"{info}/entry_points.txt"].decode()
+    assert "[console_scripts]\nmoba-hf = moba_hf.cli:main" in files[f"{INFO}/entry_points.txt"].decode()
 
 
-def test_python_versions_agree(wheel):
+def test_python_versions_agree(metadata):
     """Requires-Python and the classifiers name the same ones."""
-    files = contents(wheel)
-    metadata = Parser().parsestr(files[f"moba_hf-{moba_hf.__version__}.dist-info/METADATA"].decode())
     allowed = SpecifierSet(metadata["Requires-Python"])
     prefix = "Programming Language :: Python :: 3."
     named = {c.removeprefix(prefix) for c in metadata.get_all("Classifier") if c.startswith(prefix)}
     assert named == {str(minor) for minor in range(30) if f"3.{minor}.0" in allowed} == {"10", "11", "12", "13"}
 
 
-def test_extras_lean_on_extras_that_exist(wheel):
-    metadata = Parser().parsestr(contents(wheel)[f"moba_hf-{moba_hf.__version__}.dist-info/METADATA"].decode())
+def test_extras_lean_on_extras_that_exist(metadata):
     requirements = list(map(Requirement, metadata.get_all("Requires-Dist")))
     extras = set(metadata.get_all("Provides-Extra"))
     assert {"train", "sft", "eval", "notebooks", "deepspeed", "liger", "triton", "dev"} == extras

@@ -1,6 +1,5 @@
 """`make rehearse`: its stages are chained, and the summary says what the reports say."""
 
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -8,17 +7,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from checkpoints import load_script
 
 ROOT = Path(__file__).parent.parent
-specification = importlib.util.spec_from_file_location(
-    "summarize_rehearsal", ROOT / "scripts" / "summarize_rehearsal.py"
-)
-summarize_rehearsal = importlib.util.module_from_spec(specification)
-specification.loader.exec_module(summarize_rehearsal)
-
 CONFIGS = ROOT / "configs" / "smollm2-135m"
-
-
+summarize_rehearsal = load_script("summarize_rehearsal")
 STAGES = summarize_rehearsal.STAGES
 
 

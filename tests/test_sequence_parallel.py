@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import sequence_parallel_worker as worker
 import torch
 from accelerate import ParallelismConfig
 from models import tiny_config, tiny_model, tokens
+from processes import ROOT, run_together
 from tolerance import error
 from transformers import Trainer, TrainingArguments
 
@@ -19,31 +19,12 @@ from moba_hf.training import sequence_parallel
 from moba_hf.training.sequence_parallel import SharingRanks
 
 pytest.importorskip("deepspeed")
-ROOT = Path(__file__).parent.parent
 EXACT = 1e-6  # relative Frobenius norm, float32: the order of sums differs, and nothing else
 
 
 def processes(number: int, folder: Path) -> list[dict]:
     """What each of the worker's processes saved."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, worker.__file__, str(folder)],
-            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": path},
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(number)
-    ]  # fmt: skip
-    try:
-        told = [rank.communicate(timeout=200)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0] * number, told
+    run_together([sys.executable, worker.__file__, str(folder)], number)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(number)]
 
 

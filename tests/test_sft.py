@@ -1,9 +1,6 @@
 """scripts/sft.py end to end on a tiny random Llama: masked prompts, packing, hybrid layers, LoRA, resume, refusals."""
 
 import json
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +9,7 @@ import torch
 import yaml
 from checkpoints import SCRIPTS, byte_tokenizer, load_script
 from models import tiny_model
+from processes import run_together
 from transformers import AutoConfig, AutoModelForCausalLM
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -185,24 +183,7 @@ def test_two_processes_share_sequences(script, config_file, tmp_path):
     """Ulysses over gloo, packed conversations: the losses are those of one process."""
     pytest.importorskip("deepspeed")
     expected = script.main(["--config", config_file(), "--output_dir", str(tmp_path / "one")])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, str(SCRIPTS / "sft.py"), "--config", config_file(sequence_parallel_size=2)]
-    shared = {
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "PYTHONPATH": str(SCRIPTS.parent),
-    }
-    ranks = [
-        subprocess.Popen(
-            command, env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True
-        )
-        for rank in "01"
-    ]
-    told = [rank.communicate(timeout=200)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], told
+    run_together([sys.executable, str(SCRIPTS / "sft.py"), "--config", config_file(sequence_parallel_size=2)], 2)
     report = json.loads((tmp_path / "run" / "report.json").read_text(encoding="utf-8"))
     assert report["trained_tokens"] == expected["trained_tokens"]
     assert losses(report) == pytest.approx(losses(expected), rel=1e-5, abs=1e-6)

@@ -37,6 +37,14 @@ class ModelShape:
         tables = (1 if self.tied else 2) * self.vocabulary * self.hidden
         return self.layers * self.layer_parameters + tables + self.hidden
 
+    def llama_settings(self) -> dict:
+        """Arguments of Transformers' LlamaConfig for a model of this shape, the sizes alone."""
+        return {
+            "vocab_size": self.vocabulary, "hidden_size": self.hidden, "intermediate_size": self.intermediate,
+            "num_hidden_layers": self.layers, "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim, "tie_word_embeddings": self.tied,
+        }  # fmt: skip
+
     @classmethod
     def from_config(cls, config, name: str = "") -> "ModelShape":
         """The shape in a Transformers config. ValueError where the formulas would be wrong (mixtures of experts)."""
