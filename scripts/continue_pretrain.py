@@ -51,7 +51,7 @@ from moba_hf.training.model import (
 from moba_hf.training.model_card import write_model_card
 from moba_hf.training.planning import PlanArguments, for_planning, plan
 from moba_hf.training.rope import extend_positions
-from moba_hf.training.run_folder import RunFolder, write_json
+from moba_hf.training.run_folder import BeforeTraining, RunFolder, write_json
 from moba_hf.training.schedule import Schedule
 from moba_hf.training.sources import read_documents
 
@@ -83,17 +83,18 @@ def main(argv: list[str] | None = None) -> dict:
     model = prepare_model(load_model(model_args, config), model_args)
     trainer = make_trainer(model, tokenizer, held_out, dataset, data_args, model_args, stage_args, training_args, run)
 
-    before = measure_once(run, "before", trainer)
+    before = BeforeTraining(lambda: measure_once(run, "before", trainer))
+    trainer.add_callback(before)
     trainer.train(resume_from_checkpoint=run.last_checkpoint())
     after = measure_once(run, "after", trainer)
 
     length = data_args.sequence_length // model_args.sequence_parallel_size  # what a rank holds while it trains
     routing = record_routing(model, torch.tensor([held_out.sequences[0][:length]], device=model.device))
     model.config.use_cache = config.use_cache  # Trainer turned it off
-    trainer.save_model(str(run.result / "model"))
-    report = make_report(trainer, before, after, count, settings, data_args)
+    run.save_model(trainer)
+    report = make_report(trainer, before.found, after, count, settings, data_args)
     if trainer.is_world_process_zero():
-        draw_losses(run.result / "loss.png", trainer, before, after, data_args)
+        draw_losses(run.result / "loss.png", trainer, before.found, after, data_args)
         draw_routing(run.result / "routing.png", routing, model)
         describe_model(trainer, report, model_args, data_args, run)
         report["sample"] = None

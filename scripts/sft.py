@@ -44,7 +44,7 @@ from moba_hf.training.model import (
 )  # fmt: skip
 from moba_hf.training.model_card import write_model_card
 from moba_hf.training.planning import PlanArguments, for_planning, plan
-from moba_hf.training.run_folder import RunFolder, write_json
+from moba_hf.training.run_folder import BeforeTraining, RunFolder, write_json
 from moba_hf.training.sft_trainer import MobaSFTTrainer, check_sft_config
 from moba_hf.training.sources import read_rows, sources
 
@@ -110,13 +110,14 @@ def main(argv: list[str] | None = None) -> dict:
     held_out, dataset, count = load_data(data_args, tokenizer)
     trainer = make_trainer(load_model(model_args, config), tokenizer, held_out, dataset, model_args, training_args, run)
 
-    before = run.once("before", trainer.evaluate)
+    before = BeforeTraining(lambda: run.once("before", trainer.evaluate))
+    trainer.add_callback(before)
     trainer.train(resume_from_checkpoint=run.last_checkpoint())
     after = run.once("after", trainer.evaluate)
 
     trainer.model.config.use_cache = config.use_cache  # Trainer turned it off
-    trainer.save_model(str(run.result / "model"))
-    report = make_report(trainer, before, after, count, settings)
+    run.save_model(trainer)
+    report = make_report(trainer, before.found, after, count, settings)
     if trainer.is_world_process_zero():
         finish(trainer, tokenizer, held_out, report, model_args, data_args, run)
         print(closing_words(report, run.finished, model_args))

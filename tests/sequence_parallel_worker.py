@@ -16,9 +16,11 @@ from models import tiny_model, tokens
 from torch.distributed.fsdp import fully_shard
 from transformers import TrainingArguments, default_data_collator
 
+from moba_hf.evaluation.modes import attention
 from moba_hf.evaluation.position_loss import token_losses
 from moba_hf.training import sequence_parallel
 from moba_hf.training.meter import Meter, MeteredTrainer
+from moba_hf.training.run_folder import RunFolder
 
 LENGTH = 32
 # 12 keys of sight. gqa: two query heads a key head, one of each on a rank; replicated: one key head for two ranks.
@@ -138,8 +140,26 @@ def train(folder: Path, *, size: int = 1, accumulation: int = 2, resume: bool = 
         "tokens": trainer.state.num_input_tokens_seen,
         "weights": {name: x.detach().clone() for name, x in model.named_parameters()},
         "meter": torch.stack([measurement.full.by_token, measurement.moba.by_token]),
-        "whole sequences": token_losses(model, tokens(2, LENGTH, seed=7)),
+        **outside(model),
     }
+
+
+def outside(model) -> dict[str, torch.Tensor]:
+    """Losses of whole sequences, in MoBA and in an attention that reads the module's own count of heads."""
+    found = {}
+    for name in ("moba", "eager"):
+        with attention(model, name):
+            found[f"whole sequences, {name}"] = token_losses(model, tokens(2, LENGTH, seed=7))
+    return found
+
+
+def kept_by_the_first(folder: Path) -> list:
+    """What `RunFolder.once` gives where only the first process's disk holds a value, and where none does."""
+    run = RunFolder(folder / f"disk{dist.get_rank()}")
+    run.unfinished.mkdir(parents=True)
+    if dist.get_rank() == 0:
+        torch.save({"loss": 7.0}, run.unfinished / "before.pt")
+    return [run.once("before", lambda: "computed again"), run.once("after", dist.get_rank)]
 
 
 def refusals(ranks) -> dict[str, str]:
@@ -175,7 +195,7 @@ def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     found = {"train": train(folder / "train", size=2, accumulation=2 if dist.get_world_size() == 2 else 1)}
     ranks = sequence_parallel.start(tiny_model().config, 2)
-    found["refusals"] = refusals(ranks)
+    found |= {"refusals": refusals(ranks), "once": kept_by_the_first(folder)}
     if dist.get_world_size() == 2:
         found["resumed"] = train(folder / "train", size=2, resume=True)
         found |= {mode: fully_sharded(mode) for mode in ("data", "ulysses")}

@@ -107,6 +107,24 @@ def test_two_steps_end_to_end(script, config_file, tmp_path, capsys):
     assert f'from_pretrained("{run / "model"}", attn_implementation="moba")' in capsys.readouterr().out
 
 
+def test_before_is_measured_on_the_wrapped_model(script, config_file, monkeypatch):
+    """FSDP puts the model on its devices when accelerate prepares it, not earlier."""
+    order = []
+
+    def noted(cls, name):
+        original = getattr(cls, name)
+        monkeypatch.setattr(cls, name, lambda *args, **kw: (order.append(name), original(*args, **kw))[1])
+
+    for cls, name in (
+        (script.MeteredTrainer, "_wrap_model"),
+        (script.MeteredTrainer, "measure"),
+        (script.MeteredTrainer, "training_step"),
+    ):
+        noted(cls, name)
+    script.main(["--config", config_file(eval_strategy="no"), "--max_steps", "1"])
+    assert order == ["_wrap_model", "measure", "training_step", "measure"]
+
+
 def test_interrupted_run_resumes_to_the_same_end(script, config_file, tmp_path, monkeypatch):
     expected = script.main(["--config", config_file(), "--output_dir", str(tmp_path / "straight")])
     with monkeypatch.context() as patch:

@@ -63,8 +63,26 @@ def config_file(material, tmp_path):
     return write
 
 
-def losses(report):
-    return {name: report[f"{name}_after"] for name in ("full_loss", "moba_loss", "gap")}
+def losses(report, when="after"):
+    return {name: report[f"{name}_{when}"] for name in ("full_loss", "moba_loss", "gap")}
+
+
+WATCHED = """
+import json, os, sys
+from pathlib import Path
+folder, scripts = map(Path, sys.argv[1:3])
+sys.path.insert(0, str(scripts))
+import sft, torch
+lengths = {"training": set(), "measuring": set()}
+forward = torch.nn.Embedding.forward
+def watched(self, ids):
+    lengths["training" if self.training else "measuring"].add(ids.shape[-1])
+    return forward(self, ids)
+torch.nn.Embedding.forward = watched
+sft.main([*sys.argv[3:], "--sample_tokens", "0"])
+told = {name: sorted(found) for name, found in lengths.items()}
+(folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(told), encoding="utf-8")
+"""
 
 
 def test_end_to_end(script, config_file, tmp_path, capsys):
@@ -180,13 +198,17 @@ def test_pretraining_with_lora_tiled_loss_and_a_mixture(material, tmp_path):
 
 
 def test_two_processes_share_sequences(script, config_file, tmp_path):
-    """Ulysses over gloo, packed conversations: the losses are those of one process."""
+    """Ulysses over gloo, packed conversations: the losses are those of one process, and no rank runs a whole row."""
     pytest.importorskip("deepspeed")
     expected = script.main(["--config", config_file(), "--output_dir", str(tmp_path / "one")])
-    run_together([sys.executable, str(SCRIPTS / "sft.py"), "--config", config_file(sequence_parallel_size=2)], 2)
+    shared = config_file(sequence_parallel_size=2)
+    run_together([sys.executable, "-c", WATCHED, str(tmp_path), str(SCRIPTS), "--config", shared], 2)
+    seen = [json.loads((tmp_path / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
+    assert seen == [{"training": [64], "measuring": [64]}] * 2
     report = json.loads((tmp_path / "run" / "report.json").read_text(encoding="utf-8"))
     assert report["trained_tokens"] == expected["trained_tokens"]
-    assert losses(report) == pytest.approx(losses(expected), rel=1e-5, abs=1e-6)
+    for when in ("before", "after"):
+        assert losses(report, when) == pytest.approx(losses(expected, when), rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize(

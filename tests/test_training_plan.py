@@ -35,6 +35,7 @@ def test_every_llama_config_has_a_plan(path, capsys):
     assert all(f"  {part} " in printed for part in PARTS) and "predicted, not measured" in printed
     assert 8 * 2**30 < made["peak"] == max(sum(parts.values()) for parts in made["moments"].values()) < H100.usable
     assert made["moments"]["loss"]["logits"] > 2**30
+    assert made["moments"]["loss"]["optimizer"] == 8 * LLAMA.parameters / gpus, "two moments in float32"
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda p: p.stem)

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ..config import MobaConfig
-from ..evaluation.modes import MOBA, Mode, running, side_by_side
+from ..evaluation.modes import Mode, running, side_by_side
 from ..evaluation.position_loss import HeldOutLoss, token_losses
 from .activation import Selection, attended_pairs
 from .schedule import ModeSwitch
@@ -72,11 +72,12 @@ class Meter:
     ) -> Measurement:
         """Both losses of all the sequences, or of the first few. The model's mode and attention are left as found."""
         batches = self.sequences[:sequences].split(self.batch_size)
+        modes = side_by_side(self.dense_attention) if ranks is None else ranks.side_by_side(model)
         training = model.training
         model.eval()
         try:
             with tqdm(total=2 * len(batches), desc="Held-out text", disable=not self.progress, leave=False) as bar:
-                losses = [self._losses(model, batches, mode, ranks, bar) for mode in self._modes(model, ranks)]
+                losses = [self._losses(model, batches, mode, ranks, bar) for mode in modes]
         finally:
             model.train(training)
         return Measurement(*losses)
@@ -91,12 +92,6 @@ class Meter:
             return Selection.measure(model, self.sequences[:1, :length])
         finally:
             model.train(training)
-
-    def _modes(self, model, ranks) -> tuple[Mode, Mode]:
-        if ranks is None:
-            return side_by_side(self.dense_attention)
-        layers = model.config.get_text_config(decoder=True).num_hidden_layers
-        return Mode("full", MOBA, {"full_attention_layers": list(range(layers))}), Mode("moba", MOBA)
 
     def _losses(self, model, batches, mode: Mode, ranks, bar) -> HeldOutLoss:
         measured, losses = token_losses if ranks is None else ranks.token_losses, []

@@ -133,7 +133,7 @@ def plan(
         raise ValueError(f"{gpus} GPUs cannot be split into groups of {ranks} sequence-parallel ranks")
     sharing = planner.Sharing(ranks, 1, gpus // ranks)
     sharing.local_heads(shape)
-    work = _work(model_args, training_args, length, MobaConfig.from_dict(moba), shape, fused_loss)
+    work = _work(model_args, training_args, length, MobaConfig.from_dict(moba), shape, fused_loss, gpus)
     settings = training_args.gradient_checkpointing_kwargs if training_args.gradient_checkpointing else None
     moments = training_moments(shape, work, sharing, device, settings=settings, lora=model_args.lora)
     held = max(moments, key=lambda m: m.total)
@@ -153,15 +153,16 @@ def plan(
     }
 
 
-def _work(model_args, training_args, length, moba: MobaConfig, shape, fused_loss) -> planner.Work:
+def _work(model_args, training_args, length, moba: MobaConfig, shape, fused_loss, gpus) -> planner.Work:
+    """Over several GPUs accelerate's FSDP2 makes weights float32, and gradients and moments with them."""
     low = "bfloat16" if training_args.bf16 else "float16" if training_args.fp16 else None
     weights = model_args.dtype if model_args.dtype in planner.DTYPE_BYTES else "bfloat16"
     settings = training_args.gradient_checkpointing_kwargs or {}
     kept = "none" if not training_args.gradient_checkpointing else "offload" if settings.get("offload") else "layer"
     return planner.Work(
         length, moba.block_size, moba.top_k, len(moba.full_layers(shape.layers)),
-        batch=training_args.per_device_train_batch_size, dtype=low or weights, mixed=weights == "float32",
-        checkpointing=kept, fused_loss=fused_loss,
+        batch=training_args.per_device_train_batch_size, dtype=low or weights,
+        mixed=weights == "float32" or (low is not None and gpus > 1), checkpointing=kept, fused_loss=fused_loss,
     )  # fmt: skip
 
 

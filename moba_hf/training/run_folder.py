@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 _SETTINGS = "settings.json"
@@ -64,15 +67,29 @@ class RunFolder:
         return None
 
     def once(self, name: str, compute: Callable[[], Any]) -> Any:
-        """`compute()`, or what it gave before the interruption: tensors, numbers and dicts and lists of them."""
-        file = self.unfinished / f"{name}.pt"
-        if file.is_file():
-            return torch.load(file, weights_only=True)
+        """`compute()`, or what it gave before the interruption: tensors, numbers and dicts and lists of them.
+
+        The first process keeps it and tells the others, so that all of them compute, or none.
+        """
+        file, first = self.unfinished / f"{name}.pt", PartialState().is_main_process
+        (kept,) = broadcast_object_list([torch.load(file, weights_only=True) if first and file.is_file() else None])
+        if kept is not None:
+            return kept
         value = compute()
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")  # every process of a run writes the same
-        torch.save(value, temporary)
-        os.replace(temporary, file)
+        if first:
+            temporary = file.with_suffix(".tmp")
+            torch.save(value, temporary)
+            os.replace(temporary, file)
         return value
+
+    def save_model(self, trainer: Trainer) -> None:
+        """The finished model, whole, though the checkpoints of a run may be sharded: into `result`/model.
+
+        Under FSDP2 in bfloat16 it is float32, as accelerate trains it.
+        """
+        if trainer.is_fsdp_enabled:
+            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        trainer.save_model(str(self.result / "model"))
 
     def publish(self) -> None:
         """Move all of `result` into place, by renaming, and end the run."""
@@ -82,6 +99,20 @@ class RunFolder:
                 target.rename(self.unfinished / f"former-{new.name}")
             os.replace(new, target)
         shutil.rmtree(self.unfinished)
+
+
+class BeforeTraining(TrainerCallback):
+    """Calls `measure` when training begins: the model is wrapped by then, which puts it on the GPUs (FSDP).
+
+    Attributes:
+        found: what it returned.
+    """
+
+    def __init__(self, measure: Callable[[], Any]):
+        self.measure, self.found = measure, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.found = self.measure()
 
 
 def write_json(file: Path, value: Any) -> None:

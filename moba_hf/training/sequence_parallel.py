@@ -29,7 +29,7 @@ import torch.distributed as dist
 from accelerate.data_loader import prepare_data_loader
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel, Trainer
 
-from ..evaluation.modes import MOBA, attention
+from ..evaluation.modes import MOBA, Mode, attention
 from ..evaluation.position_loss import target_losses
 from ..integration.attention import moba_attention_forward
 from ..integration.masking import moba_mask
@@ -90,6 +90,12 @@ class SharingRanks:
             batch["labels"] = batch["shift_labels"] = shifted
         own = slice(self.rank * width, (self.rank + 1) * width)
         return {name: x[:, own].contiguous() if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
+
+    @staticmethod
+    def side_by_side(model: PreTrainedModel) -> tuple[Mode, Mode]:
+        """`evaluation.modes.side_by_side` inside `sharing`, where full attention is MoBA with all layers full."""
+        layers = range(model.config.get_text_config(decoder=True).num_hidden_layers)
+        return Mode("full", MOBA, {"full_attention_layers": list(layers)}), Mode("moba", MOBA)
 
     def token_losses(self, model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
         """`evaluation.position_loss.token_losses` of sequences that all ranks hold, measured together."""

@@ -1,10 +1,13 @@
 """TRL's SFTTrainer for MoBA models: it is evaluated in full and in MoBA attention, and counts what it trained."""
 
+import contextlib
+
 import torch
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from ..evaluation.modes import MOBA, attention
+from ..evaluation.modes import MOBA, Mode, running, side_by_side
+from .sequence_parallel import SharingRanks
 
 # SFTConfig's own data settings, and what takes their place: answers are found and packed before the trainer sees them.
 _REPLACED = {
@@ -42,6 +45,8 @@ class MobaSFTTrainer(SFTTrainer):
         dense_attention: name of the full attention.
     """
 
+    sharing_ranks: SharingRanks | None = None  # set by sequence_parallel.enable
+
     def __init__(self, *args, dense_attention: str, **kwargs):
         config = kwargs["args"]
         config.dataset_kwargs, config.remove_unused_columns = {"skip_prepare_dataset": True}, False
@@ -51,7 +56,9 @@ class MobaSFTTrainer(SFTTrainer):
         self.add_callback(_TrainedTokens(getattr(self.model.config, "moba_trained_tokens", None) or 0))
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        full, moba = self.answer_loss(self.dense_attention), self.answer_loss(MOBA)
+        model, ranks = self.accelerator.unwrap_model(self.model).eval(), self.sharing_ranks
+        modes = side_by_side(self.dense_attention) if ranks is None else ranks.side_by_side(model)
+        full, moba = [self.answer_loss(model, mode) for mode in modes]
         losses = {"loss": moba, "full_loss": full, "moba_loss": moba, "gap": moba - full}
         metrics = {f"{metric_key_prefix}_{name}": loss for name, loss in losses.items()}
         self.log(dict(metrics))
@@ -59,19 +66,23 @@ class MobaSFTTrainer(SFTTrainer):
         return metrics
 
     @torch.no_grad()
-    def answer_loss(self, implementation: str) -> float:
+    def answer_loss(self, model: PreTrainedModel, mode: Mode) -> float:
         """Mean cross entropy in nats over all tokens of all held-out answers, in this attention.
 
-        Every process measures all of them: the number of processes changes nothing.
+        Every process measures all of them, or those that share sequences do so together: the number of processes
+        changes nothing.
         """
-        model = self.accelerator.unwrap_model(self.model).eval()
-        total, tokens = 0.0, 0
-        with attention(model, implementation), self.compute_loss_context_manager():
+        ranks, found = self.sharing_ranks, torch.zeros(2, dtype=torch.float64, device=model.device)
+        with running(model, mode), self.compute_loss_context_manager():
             for row in self.eval_dataset:
                 batch = {name: value.to(model.device) for name, value in self.data_collator([row]).items()}
-                output = model(**batch, use_cache=False, fused_lm_head=True)
-                total -= output.log_probs.double().sum().item()
-                tokens += output.label_mask.sum().item()
+                with contextlib.nullcontext() if ranks is None else ranks.sharing(model):
+                    batch = batch if ranks is None else ranks.part(batch)
+                    output = model(**batch, use_cache=False, fused_lm_head=True)
+                found -= torch.stack([output.log_probs.double().sum(), -output.label_mask.sum()])
+        if ranks is not None:
+            torch.distributed.all_reduce(found, group=ranks.group)
+        total, tokens = found.tolist()
         return total / tokens
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
