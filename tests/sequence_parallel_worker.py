@@ -76,33 +76,38 @@ def step(model, batch, items: int, ranks=None, scale: int = 1) -> None:
 
 
 def fully_sharded(mode: str) -> dict:
-    """Three steps of SGD on two sequences, then the loss of each token.
+    """Three steps of SGD on two sequences, before each of them the loss of each token.
 
     mode: "one" process; "data", weights sharded over two by FSDP2, a sequence on each; "ulysses", weights sharded in
     the same way, half of both sequences on each.
     """
     model = tiny_model(**MODELS["gqa"]).train()
     if mode != "one":
-        for layer in model.model.layers:
-            fully_shard(layer)
-        fully_shard(model)
+        for modules in (
+            *model.model.layers,
+            [model.model.norm, model.lm_head],
+            model,
+        ):
+            fully_shard(modules)
     ranks = sequence_parallel.start(model.config, 2) if mode == "ulysses" else None
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     batch = make_batch(DOCUMENTS["packed"], rows=2)
     items, input_ids = targets(batch), batch["input_ids"]
     if mode == "data":
         batch = {name: x[dist.get_rank(), None] for name, x in batch.items()}
+    losses = []
     for _ in range(3):
+        model.eval()
+        losses.append(token_losses(model, input_ids) if ranks is None else ranks.token_losses(model, input_ids))
+        model.train()
         optimizer.zero_grad()
         with contextlib.nullcontext() if ranks is None else ranks.sharing(model):
             own = batch if ranks is None else ranks.part(batch)
             loss = model(**own, num_items_in_batch=items).loss
             (loss if mode == "one" else 2 * loss).backward()  # FSDP averages over its ranks
         optimizer.step()
-    model.eval()
-    losses = token_losses(model, input_ids) if ranks is None else ranks.token_losses(model, input_ids)
     whole = {name: getattr(x, "full_tensor", lambda x=x: x)().detach() for name, x in model.named_parameters()}
-    return {"weights": whole, "losses": losses}
+    return {"weights": whole, "losses": torch.cat(losses)}
 
 
 def train(folder: Path, *, size: int = 1, accumulation: int = 2, resume: bool = False) -> dict:

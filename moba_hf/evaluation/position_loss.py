@@ -1,7 +1,8 @@
 """Cross entropy at every position of held-out sequences, and what it comes to far into them."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,18 +59,29 @@ def target_losses(model: PreTrainedModel, input_ids, position_ids, targets) -> t
     keeps what it does there (scaling, soft caps): only the decoder inside is replaced by what it has returned. All
     calls are the whole model's, which gathers the weights where they are sharded (FSDP2).
 
+    The decoder's last module, its norm, runs again beside each slice, on one token: accelerate shards it in one group
+    with the head, and PyTorch 2.11 leaves the group's weights sharded when not all of its modules have run.
+
     Args:
         input_ids, position_ids, targets: int64 [sequences, length].
     """
     inputs = dict(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-    decoder, outputs, losses = model.get_decoder(), [], []
-    hook = decoder.register_forward_hook(lambda _module, _args, output: outputs.append(output))
+    decoder, found, losses = model.get_decoder(), {}, []
+
+    def ran(module, args, kwargs, output):
+        if module is decoder:
+            found["output"] = output
+        else:
+            found["last"] = functools.partial(module, *[x[:, :1] for x in args[:1]], *args[1:], **kwargs)
+
+    hooks = [module.register_forward_hook(ran, with_kwargs=True) for module in (*decoder.children(), decoder)]
     try:
         model(**inputs, logits_to_keep=1)
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     slice_length = max(1, _LOGITS // (input_ids.shape[0] * model.config.get_text_config().vocab_size))
-    with _replay(decoder, outputs[0]):
+    with _replay(decoder, **found):
         for where in torch.arange(input_ids.shape[1], device=input_ids.device).split(slice_length):
             logits = model(**inputs, logits_to_keep=where).logits.float()
             losses.append(torch.nn.functional.cross_entropy(logits.mT, targets[:, where], reduction="none"))
@@ -77,9 +89,10 @@ def target_losses(model: PreTrainedModel, input_ids, position_ids, targets) -> t
 
 
 @contextlib.contextmanager
-def _replay(module: torch.nn.Module, output) -> Iterator[None]:
-    """Within it, calling `module` returns `output`."""
-    module.forward, former = (lambda *_, **__: output), module.__dict__.get("forward")
+def _replay(module: torch.nn.Module, output, last: Callable) -> Iterator[None]:
+    """Within it, calling `module` calls `last` and returns `output`."""
+    former = module.__dict__.get("forward")
+    module.forward = lambda *_, **__: (last(), output)[1]
     try:
         yield
     finally:
