@@ -18,6 +18,7 @@ than bfloat16 does to the same model in eager attention.
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import statistics
@@ -192,6 +193,7 @@ def measure(options, length: int) -> list[dict]:
             row = train(options, length, attention)
         except torch.OutOfMemoryError:
             row = {"length": length, "attention": attention, "seconds": None}
+        gc.collect()  # sharded models hold cycles: the next one would stand beside this one's weights
         torch.cuda.empty_cache()
         rows.append(row)
         say(dist.get_rank(), json.dumps(row))
