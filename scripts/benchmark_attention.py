@@ -1,44 +1,40 @@
-"""Time and memory of MoBA attention beside PyTorch's dense attention, side by side in one run.
+"""Time and memory of MoBA attention beside dense attention, FlexAttention and the peers' own functions, in one run.
 
     python scripts/benchmark_attention.py --lengths 4096 8192 16384 32768 --output runs/benchmark
-    python scripts/benchmark_attention.py --lengths 4096 --block-size 128
+    python scripts/benchmark_attention.py --lengths 4096 --block-size 128 --others flex
     python scripts/benchmark_attention.py --device cuda --setting S1 --lengths 8192 65536        # needs a GPU
 
+Beside our engines and PyTorch's dense attention (on CUDA each of its backends) run the others that can: the
+FlashAttention packages (dense), FlexAttention over our selection, and MoBA of MoonshotAI and FlashMoBA where they can
+be imported. Each is first held to the float64 formula, output and gradients, on a sample of rows; what cannot run, or
+computes something else, is named with its reason.
+
 Every round times each contender once, so that a busy machine slows all of them alike; the table has medians over the
-rounds, and the ratio is the median of the rounds' ratios. Forward includes routing, whose time stands beside it (the
-routing that engine="auto" takes). On CUDA every backend of PyTorch's dense attention that runs is timed, and the ratios
-are to the one whose forward is fastest. On CUDA by events over inputs that
-rotate, on a CPU by the wall clock; there the ratio of the process's CPU time is given too: other work on the machine
-hardly moves it, but it does not see threads that wait for each other. Peak memory is measured once, in a process of its
-own on a CPU (resident set, the inputs' part taken off) and by the allocator on CUDA. The FLOP bound is what MoBA would
-gain if it ran its fewer operations as fast as dense attention runs its own.
+rounds, and the ratio is the median of the rounds' ratios to the dense attention whose forward is fastest. Forward
+includes routing, whose time stands beside it (the routing that engine="auto" takes; for FlexAttention with its block
+mask). On CUDA by events over inputs that rotate, on a CPU by the wall clock; there the ratio of the process's CPU time
+is given too: other work on the machine hardly moves it, but it does not see threads that wait for each other. Peak
+memory is measured once, in a process of its own on a CPU (resident set, the inputs' part taken off) and by the
+allocator on CUDA. The FLOP bound is what MoBA would gain if it ran its fewer operations as fast as dense attention runs
+its own; the floor of memory is what must exist: inputs, output, gradients.
 """
 
 import argparse
 import csv
+import ctypes
+import itertools
 import json
 import statistics
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
-
-import moba_hf
+from attention_agreement import disagreement
+from attention_contenders import DENSE, OTHERS, Absent, Contender, Problem, make
 
 NAN = float("nan")
-DENSE = {  # contender: backend of PyTorch's attention; None is the one it takes by itself
-    "cpu": {"dense": None},
-    "cuda": {
-        "dense cudnn": SDPBackend.CUDNN_ATTENTION,
-        "dense flash": SDPBackend.FLASH_ATTENTION,
-        "dense efficient": SDPBackend.EFFICIENT_ATTENTION,
-    },
-}
 _GPU = {"head_dim": 128, "dtype": "bfloat16", "device": "cuda"}
 SETTINGS = {  # of docs/benchmarks.md; S3 is one group of its 32 / 8 heads, whose queries alone would take 86 GB
     "S1": {**_GPU, "batch": 2, "heads": 16, "kv_heads": 16, "block_size": 128, "top_k": 8},
@@ -48,7 +44,7 @@ SETTINGS = {  # of docs/benchmarks.md; S3 is one group of its 32 / 8 heads, whos
 }
 KINDS = ("forward", "forward_cpu", "both", "both_cpu", "select", "select_cpu")
 COLUMNS = ("length", "contender", "select_s", "forward_s", "both_s", "forward_ratio", "both_ratio", "forward_cpu_ratio",
-           "both_cpu_ratio", "peak_mb", "flop_bound")  # fmt: skip
+           "both_cpu_ratio", "peak_mb", "inputs_mb", "floor_mb", "flop_bound")  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
@@ -57,11 +53,12 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if options.memory_of:
         print(json.dumps(cpu_peak_mb(options)))
         return []
-    rows = [row for length in options.lengths for row in compare(options, length)]
-    print(table(rows))
-    print(crossing(rows))
+    missing: list[dict] = []
+    rows = [row for length in options.lengths for row in compare(options, length, missing)]
+    for text in (table(rows), crossing(rows), absences(missing)):
+        print(text)
     if options.output:
-        write(options, rows)
+        write(options, rows, missing)
     return rows
 
 
@@ -70,6 +67,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--setting", choices=SETTINGS, help="shapes of docs/benchmarks.md; other options override them")
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768])
     parser.add_argument("--engines", nargs="+", default=None, help="default: what engine='auto' takes on the device")
+    others = "beside our engines and PyTorch's dense attention; default: all; none where no name follows"
+    parser.add_argument("--others", nargs="*", choices=OTHERS, default=list(OTHERS), help=others)
     for name, value in (("batch", 1), ("heads", 9), ("kv-heads", 3), ("head-dim", 64), ("block-size", 512)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--top-k", type=int, default=4)
@@ -90,101 +89,110 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def problem_of(options, length: int) -> Problem:
+    names = ("batch", "heads", "kv_heads", "head_dim", "block_size", "top_k", "device")
+    return Problem(length, dtype=getattr(torch, options.dtype), **{name: getattr(options, name) for name in names})
+
+
 # ---- one length ----------------------------------------------------------------------------------------------------
 
 
-def compare(options, length: int) -> list[dict]:
-    """One row per contender at this length."""
-    sets = [states(options, length, seed) for seed in range(2)]
-    dense = [name for name in DENSE[options.device] if runs(options, name, sets[0])]
-    if not dense:
-        raise SystemExit("no backend of PyTorch's dense attention takes these shapes: nothing to compare with")
-    contenders = [*dense, *options.engines]
-    times: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in KINDS} for name in contenders}
+def compare(options, length: int, missing: list[dict]) -> list[dict]:
+    """One row per contender at this length; what does not run goes into `missing`."""
+    problem = problem_of(options, length)
+    sets = [problem.states(seed) for seed in range(2)]
+    running = contenders(options, problem, sets[0], missing)
+    times: dict[str, dict[str, list[float]]] = {each.name: {kind: [] for kind in KINDS} for each, _ in running}
     for round_ in range(-1, options.rounds):  # round −1 warms up
-        for name in contenders:
-            found = one_round(options, name, sets[round_ % 2])
+        for each, backward in running:
+            found = one_round(problem.device, each, sets[round_ % 2], backward)
             if round_ >= 0:
                 for kind, seconds in zip(KINDS, found):
-                    times[name][kind].append(seconds)
+                    times[each.name][kind].append(seconds)
+    dense = [each.name for each, _ in running if each.dense]
     fastest = times[min(dense, key=lambda name: statistics.median(times[name]["forward"]))]
+    least = [part / 2**20 for part in problem.least_bytes(not options.no_backward)]
     rows = []
-    for name in contenders:
-        row = {"length": length, "contender": name, "flop_bound": flop_bound(options, length)}
+    for each, backward in running:
+        row = {"length": length, "contender": each.name, "dense": each.dense, "flop_bound": problem.flop_bound}
         for kind in KINDS:
-            row[f"{kind}_s"] = statistics.median(times[name][kind])
-            row[f"{kind}_spread_s"] = max(times[name][kind]) - min(times[name][kind])
-            row[f"{kind}_ratio"] = statistics.median(d / ours for d, ours in zip(fastest[kind], times[name][kind]))
-        row["peak_mb"] = peak_mb(options, length, name)
-        rows.append(row)
+            own = times[each.name][kind]
+            row[f"{kind}_s"] = statistics.median(own)
+            row[f"{kind}_spread_s"] = max(own) - min(own)
+            row[f"{kind}_ratio"] = statistics.median(d / ours for d, ours in zip(fastest[kind], own))
+        whole = backward or options.no_backward
+        row["peak_mb"] = peak_mb(options, problem, each, missing) if whole else NAN
+        rows.append(row | {"inputs_mb": least[0], "floor_mb": sum(least)})
     return rows
 
 
-def one_round(options, name: str, inputs) -> tuple[float, ...]:
-    """Times in the order of KINDS; NaN for what is not done: routing in dense attention, a backward not asked for."""
-    nothing = (NAN, NAN)
+def contenders(options, problem: Problem, states, missing: list[dict]) -> list[tuple[Contender, bool]]:
+    """(contender, whether its backward runs) of all that compute what ours does; the others go into `missing`.
+
+    Raises SystemExit where one of our engines does not, or where no dense attention of PyTorch's runs.
+    """
+    running = []
+    for name in (*DENSE[problem.device], *(each for each in OTHERS if each in options.others), *options.engines):
+        contender, backward, reason = admitted(name, problem, states, not options.no_backward)
+        if reason:
+            what = "forward + backward" if contender else "anything"
+            missing.append({"length": problem.length, "contender": name, "what": what, "reason": reason})
+            if name in options.engines:
+                raise SystemExit(absences(missing[-1:]))
+        if contender:
+            running.append((contender, backward))
+    if not any(contender.name in DENSE[problem.device] for contender, _ in running):
+        raise SystemExit(f"no dense attention of PyTorch's runs: nothing to compare with\n{absences(missing)}")
+    return running
+
+
+def admitted(name: str, problem: Problem, states, backward: bool) -> tuple[Contender | None, bool, str | None]:
+    """(contender, whether its backward may be timed, why not all of it): held to the float64 formula before."""
+    reason = None
+    for both in (True, False) if backward else (False,):
+        try:
+            contender = make(name, problem)
+            wrong = disagreement(problem, contender, states, both)
+        except Absent as error:
+            return None, False, str(error)
+        except Exception as error:  # other people's code: whatever it raises is why it does not run
+            reason = said(error)
+            continue
+        if wrong is None:
+            return contender, both, reason
+        reason = wrong
+    return None, False, reason
+
+
+def said(error: BaseException) -> str:
+    """Type and first line of what was raised first: a compiler wraps that in errors of its own."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), 'without a message')}"
+
+
+def one_round(device: str, contender: Contender, states, backward: bool) -> tuple[float, ...]:
+    """Times in the order of KINDS; NaN for what is not done: a backward not asked for, routing in dense attention."""
+    nothing, tensors = (NAN, NAN), [x.detach() for x in states[:3]]
     with torch.no_grad():
-        forward = clock(options, lambda: attend(options, name, *inputs[:3]))
-        select = nothing if is_dense(name) else clock(options, lambda: route(options, *inputs[:2]))
-    both = nothing if options.no_backward else clock(options, lambda: step(options, name, inputs))
+        forward = clock(device, lambda: contender.attend(*tensors))
+        select = clock(device, lambda: contender.select(*tensors[:2])) if contender.select else nothing
+    both = clock(device, lambda: run_once(contender, states, True)) if backward else nothing
     return (*forward, *both, *select)
 
 
-def is_dense(name: str) -> bool:
-    return any(name in backends for backends in DENSE.values())
+def run_once(contender: Contender, states, backward: bool) -> None:
+    *tensors, grad = states
+    if backward:
+        torch.autograd.grad(contender.attend(*tensors), tensors, grad)
+    else:
+        with torch.no_grad():
+            contender.attend(*(x.detach() for x in tensors))
 
 
-def runs(options, name: str, inputs) -> bool:
-    """Whether a backend of dense attention takes these shapes; what does not is named, and left out."""
-    try:
-        run_once(options, name, inputs)
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or DENSE[options.device][name] is None:
-            raise
-        print(f"{name} does not run: {str(error).splitlines()[0]}", file=sys.stderr)
-        return False
-    return True
-
-
-def states(options, length: int, seed: int) -> list[torch.Tensor]:
-    """query, key, value, grad_output of `batch` packed sequences: [batch · length, heads, head_dim]."""
-    generator = torch.Generator(options.device).manual_seed(seed)
-    dtype, total = getattr(torch, options.dtype), options.batch * length
-    heads = (options.heads, options.kv_heads, options.kv_heads, options.heads)
-    make = lambda h: torch.randn(total, h, options.head_dim, device=options.device, dtype=dtype, generator=generator)  # noqa: E731
-    query, key, value, grad = (make(h) for h in heads)
-    return [*(x.requires_grad_() for x in (query, key, value)), grad]
-
-
-def attend(options, name: str, query, key, value):
-    if is_dense(name):
-        backend = DENSE[options.device][name]
-        rows = [x.unflatten(0, (options.batch, -1)).transpose(1, 2) for x in (query, key, value)]
-        with nullcontext() if backend is None else sdpa_kernel(backend):
-            output = scaled_dot_product_attention(*rows, is_causal=True, enable_gqa=options.heads != options.kv_heads)
-        return output.transpose(1, 2).flatten(0, 1)
-    return moba_hf.moba_attention(query, key, value, **routing(options, query), engine=name)
-
-
-def route(options, query, key):
-    return moba_hf.select_blocks(query, key, **routing(options, query))
-
-
-def routing(options, query) -> dict:
-    """The arguments that routing takes."""
-    length = query.shape[0] // options.batch
-    ends = torch.arange(options.batch + 1, dtype=torch.int32, device=query.device) * length
-    return dict(block_size=options.block_size, top_k=options.top_k, cu_seqlens_q=ends, cu_seqlens_k=ends)
-
-
-def step(options, name: str, inputs) -> None:
-    *leaves, grad = inputs
-    torch.autograd.grad(attend(options, name, *leaves), leaves, grad)
-
-
-def clock(options, run) -> tuple[float, float]:
+def clock(device: str, run) -> tuple[float, float]:
     """Seconds of one call: by the clock, and of CPU time in all threads (NaN on CUDA)."""
-    if options.device == "cpu":
+    if device == "cpu":
         start = time.perf_counter(), time.process_time()
         run()
         return time.perf_counter() - start[0], time.process_time() - start[1]
@@ -196,50 +204,45 @@ def clock(options, run) -> tuple[float, float]:
     return start.elapsed_time(end) / 1e3, NAN
 
 
-def flop_bound(options, length: int) -> float:
-    """Query-key pairs of full causal attention over those of MoBA."""
-    block, slots = options.block_size, options.top_k - 1
-    starts = range(0, length, block)
-    own = sum(n * (n + 1) / 2 for n in (min(block, length - start) for start in starts))
-    past = sum(min(block, length - start) * min(slots, i) * block for i, start in enumerate(starts))
-    return length * (length + 1) / 2 / (own + past)
-
-
 # ---- memory --------------------------------------------------------------------------------------------------------
 
 
-def peak_mb(options, length: int, name: str) -> float:
+def peak_mb(options, problem: Problem, contender: Contender, missing: list[dict]) -> float:
     """MiB above the inputs at the peak of one step (one forward with --no-backward)."""
-    if options.device == "cuda":
-        inputs = states(options, length, 0)
+    if problem.device == "cuda":
+        states = problem.states(0)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        run_once(options, name, inputs)
+        run_once(contender, states, not options.no_backward)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    command = [sys.executable, __file__, "--lengths", str(length), "--memory-of", name, "--dtype", options.dtype]
-    for flag in ("batch", "heads", "kv_heads", "head_dim", "block_size", "top_k"):
+    command = [sys.executable, __file__, "--lengths", str(problem.length), "--memory-of", contender.name]
+    for flag in ("dtype", "batch", "heads", "kv_heads", "head_dim", "block_size", "top_k"):
         command += [f"--{flag.replace('_', '-')}", str(getattr(options, flag))]
     command += ["--no-backward"] * options.no_backward
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        absence = {"length": problem.length, "contender": contender.name, "what": "peak memory", "reason": reason}
+        missing.append(absence)
+        return NAN
+    return json.loads(done.stdout)
 
 
 def cpu_peak_mb(options) -> float:
     """In a fresh process: the highest resident set of one step less that before it."""
-    warm = argparse.Namespace(**vars(options) | {"block_size": 64})
-    run_once(warm, options.memory_of, states(options, 512, 0))  # libraries and thread pools load now
-    inputs = states(options, options.lengths[0], 0)
+    problem, backward = problem_of(options, options.lengths[0]), not options.no_backward
+    contender = make(options.memory_of, problem)
+    if options.memory_of == "flex":  # compiles for the length itself; what that took goes back to the system
+        run_once(contender, problem.states(0), backward)
+        ctypes.CDLL(None).malloc_trim(0)
+    else:  # libraries and thread pools load now
+        small = problem_of(argparse.Namespace(**vars(options) | {"block_size": 64}), 512)
+        run_once(make(options.memory_of, small), small.states(0), backward)
+    states = problem.states(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = _resident_kb("VmRSS")
-    run_once(options, options.memory_of, inputs)
+    run_once(contender, states, backward)
     return (_resident_kb("VmHWM") - before) / 1024
-
-
-def run_once(options, name: str, inputs) -> None:
-    if options.no_backward:
-        with torch.no_grad():
-            attend(options, name, *inputs[:3])
-    else:
-        step(options, name, inputs)
 
 
 def _resident_kb(field: str) -> int:
@@ -251,45 +254,54 @@ def _resident_kb(field: str) -> int:
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown; the ratio is dense time over this contender's."""
-    columns = (
-        "tokens|attention|routing, s|forward, s|ratio|(CPU time)|both, s|ratio|(CPU time)|FLOP bound|peak, MiB".split(
-            "|"
-        )
-    )
-    lines = ["| " + " | ".join(columns) + " |"]
-    lines.append("|---" * 11 + "|")
-    for r in rows:
-        dense = is_dense(r["contender"])
-        bound, select = ("", "") if dense else (f"{r['flop_bound']:.2f}", f"{r['select_s']:.4g}")
-        lines.append(
-            f"| {r['length']} | {r['contender']} | {select} | "
-            f"{r['forward_s']:.4g} | {r['forward_ratio']:.2f} | {r['forward_cpu_ratio']:.2f} | "
-            f"{r['both_s']:.4g} | {r['both_ratio']:.2f} | {r['both_cpu_ratio']:.2f} | {bound} | {r['peak_mb']:.0f} |"
-        )
+    """Markdown; the ratio is the fastest dense time over this contender's. A cell is empty where nothing was timed."""
+    columns = {
+        "tokens": "d", "attention": "s", "routing, s": ".4g", "forward, s": ".4g", "ratio": ".2f", "(CPU time)": ".2f",
+        "both, s": ".4g", "ratio ": ".2f", "(CPU time) ": ".2f", "FLOP bound": ".2f", "peak, MiB": ".0f",
+    }  # fmt: skip
+    keys = ("length", "contender", "select_s", "forward_s", "forward_ratio", "forward_cpu_ratio", "both_s",
+            "both_ratio", "both_cpu_ratio", "flop_bound", "peak_mb")  # fmt: skip
+    lines = ["| " + " | ".join(name.strip() for name in columns) + " |", "|---" * len(columns) + "|"]
+    for row in rows:
+        row = row | {"flop_bound": NAN} if row["dense"] else row
+        cells = ("" if row[key] != row[key] else format(row[key], form) for key, form in zip(keys, columns.values()))
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def crossing(rows: list[dict]) -> str:
-    """The first length measured from which MoBA is faster than dense attention, forward."""
+    """The first length measured from which each MoBA is faster than dense attention: forward, and with backward."""
     sentences = []
-    for name in dict.fromkeys(r["contender"] for r in rows if not is_dense(r["contender"])):
-        slower = [r["length"] for r in rows if r["contender"] == name and r["forward_ratio"] <= 1]
-        faster = [r["length"] for r in rows if r["contender"] == name and r["length"] > max(slower, default=0)]
-        sentences.append(
-            f"{name} is faster than dense attention from {min(faster)} tokens on (of the lengths measured)."
-            if faster
-            else f"{name} is not faster than dense attention at any length measured."
-        )
+    for name in dict.fromkeys(r["contender"] for r in rows if not r["dense"]):
+        for key, what in (("forward_ratio", "forward"), ("both_ratio", "forward + backward")):
+            ratios = {r["length"]: r[key] for r in rows if r["contender"] == name and r[key] == r[key]}
+            if not ratios:
+                continue
+            slower = max((length for length, ratio in ratios.items() if ratio <= 1), default=0)
+            first = min((length for length in ratios if length > slower), default=None)
+            where = f"from {first} tokens on (of the lengths measured)" if first else "at no length measured"
+            sentences.append(f"{name}, {what}: faster than dense attention {where}.")
     return "\n".join(sentences)
 
 
-def write(options, rows: list[dict]) -> None:
+def absences(missing: list[dict]) -> str:
+    """One line for each contender and reason, with the lengths."""
+    lengths: dict[tuple[str, str, str], list[int]] = {}
+    for each in missing:
+        lengths.setdefault((each["contender"], each["what"], each["reason"]), []).append(each["length"])
+    return "\n".join(
+        f"{name} did not run {what} at {', '.join(map(str, at))} tokens: {reason}"
+        for (name, what, reason), at in lengths.items()
+    )
+
+
+def write(options, rows: list[dict], missing: list[dict]) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     settings = {name: value for name, value in vars(options).items() if name not in ("output", "memory_of")}
     # JSON has no NaN
     known = [{name: None if value != value else value for name, value in row.items()} for row in rows]
-    result = {"settings": settings, "torch": torch.__version__, "threads": torch.get_num_threads(), "rows": known}
+    result = {"settings": settings, "torch": torch.__version__, "threads": torch.get_num_threads(), "rows": known,
+              "not_run": missing}  # fmt: skip
     (options.output / "results.json").write_text(json.dumps(result, indent=1, allow_nan=False))
     with (options.output / "results.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
@@ -299,28 +311,43 @@ def write(options, rows: list[dict]) -> None:
 
 
 def draw(rows: list[dict], folder: Path) -> None:
-    """time.png and memory.png over length; the floor is dense time over the FLOP bound."""
+    """time.png and memory.png over length, with their floors: dense time over the FLOP bound, and what must exist."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    styles = {"forward_s": "-", "both_s": "--"}
-    for file, keys, label in (("time", ("forward_s", "both_s"), "seconds"), ("memory", ("peak_mb",), "MiB")):
+    curves = {"time": {"forward_s": " forward", "both_s": " forward + backward"}, "memory": {"peak_mb": ""}}
+    labels = {"time": "seconds", "memory": "MiB, inputs included"}
+    for file, keys in curves.items():
         figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-        for name, marker in zip(dict.fromkeys(r["contender"] for r in rows), "osD^v"):
-            chosen = [r for r in rows if r["contender"] == name]
-            for key in keys:
-                kind = {"forward_s": " forward", "both_s": " forward + backward"}.get(key, "")
-                x, y = [r["length"] for r in chosen], [r[key] for r in chosen]
-                axes.plot(x, y, styles.get(key, "-"), marker=marker, label=name + kind)
-                if key in styles and is_dense(name):
-                    floor = [r[key] / r["flop_bound"] for r in chosen]
-                    axes.plot(x, floor, ":", color="grey", label=f"{name} / FLOP bound" + kind)
-        axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
+        for name, marker in zip(dict.fromkeys(r["contender"] for r in rows), itertools.cycle("osD^vPX*<>")):
+            for (key, kind), style in zip(keys.items(), ("-", "--")):
+                points = [(r["length"], value(r, key)) for r in rows if r["contender"] == name and r[key] == r[key]]
+                if points:
+                    axes.plot(*zip(*points), style, marker=marker, label=name + kind)
+        for (key, kind), style in zip(keys.items(), (":", "-.")):
+            lengths, floor = zip(*floors(rows, key))
+            axes.plot(lengths, floor, style, color="grey", label="floor" + kind)
+        axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=labels[file])
         axes.legend(fontsize=7)
         figure.savefig(folder / f"{file}.png", dpi=120)
         plt.close(figure)
+
+
+def value(row: dict, key: str) -> float:
+    return row["peak_mb"] + row["inputs_mb"] if key == "peak_mb" else row[key]
+
+
+def floors(rows: list[dict], key: str) -> list[tuple[int, float]]:
+    """(length, floor): of a time the fastest dense one over the FLOP bound, of memory what must exist."""
+    found: dict[int, float] = {}
+    for row in rows:
+        if key == "peak_mb":
+            found[row["length"]] = row["floor_mb"]
+        elif row["dense"] and row[key] == row[key]:
+            found[row["length"]] = min(found.get(row["length"], float("inf")), row[key] / row["flop_bound"])
+    return sorted(found.items()) or [(rows[0]["length"], NAN)]
 
 
 if __name__ == "__main__":

@@ -52,17 +52,22 @@ class Unavailable(Exception):
 def choose(device: str, dtype: torch.dtype, head_dim: int) -> "Provider":
     """The best provider for tensors like these. Raises Unavailable, saying of each one tried what it lacks."""
     if device != "cuda":
-        return _load("cpu").fitting(dtype, head_dim)
+        return named("cpu", dtype, head_dim)
     asked = os.environ.get("MOBA_HF_FLASH_PROVIDER")
     if asked and asked not in (*ORDER, "kernels"):
         raise Unavailable(f"MOBA_HF_FLASH_PROVIDER={asked!r} is unknown; choose one of {(*ORDER, 'kernels')}")
     reasons = []
     for name in (asked,) if asked else ORDER:
         try:
-            return _load(name).fitting(dtype, head_dim)
+            return named(name, dtype, head_dim)
         except Unavailable as reason:
             reasons.append(f"{name}: {reason}")
     raise Unavailable("; ".join(reasons))
+
+
+def named(name: str, dtype: torch.dtype, head_dim: int) -> "Provider":
+    """The provider of that name, for tensors like these. Raises Unavailable."""
+    return _load(name).fitting(dtype, head_dim)
 
 
 def status(dtype: torch.dtype, head_dim: int) -> dict[str, str | None]:
@@ -70,7 +75,7 @@ def status(dtype: torch.dtype, head_dim: int) -> dict[str, str | None]:
     reasons: dict[str, str | None] = dict.fromkeys(ORDER)
     for name in ORDER:
         try:
-            _load(name).fitting(dtype, head_dim)
+            named(name, dtype, head_dim)
         except Unavailable as reason:
             reasons[name] = str(reason)
     return reasons
