@@ -66,17 +66,20 @@ class Counter:
         self.stack.enter_context(mock.patch.object(builder, name, counted))
 
 
-def count(length: int, heads: int, kv_heads: int, head_dim: int, block_size: int, top_k: int) -> dict[str, list[int]]:
-    """Routing, forward and backward of one sequence of random float16 inputs."""
+def states(length: int, heads: int, kv_heads: int, head_dim: int) -> list[torch.Tensor]:
+    """Random query, key, value and grad_output of one sequence, float16."""
     generator = torch.Generator().manual_seed(0)
-    make = lambda h: torch.randn(length, h, head_dim, generator=generator).half()  # noqa: E731
-    query, key, value, grad = make(heads), make(kv_heads), make(kv_heads), make(heads)
-    ends = torch.tensor([0, length], dtype=torch.int32)
-    where = (ends, ends, block_size)
+    return [torch.randn(length, h, head_dim, generator=generator).half() for h in (heads, kv_heads, kv_heads, heads)]
+
+
+def count(query, key, value, grad, block_size: int, top_k: int) -> dict[str, list[int]]:
+    """Routing, forward and backward of one sequence: {kernel: [FLOPs of matrix products, bytes addressed]}."""
+    ends = torch.tensor([0, query.shape[0]], dtype=torch.int32)
+    where, scale = (ends, ends, block_size), query.shape[2] ** -0.5
     with Counter() as found, mock.patch.object(engine, "_capability", lambda _: (9, 0)):
         selected = engine.select(query, key, *where, top_k - 1)
-        output, lse = engine.forward(query, key, value, selected, *where, head_dim**-0.5)
-        engine.backward(grad, query, key, value, output, lse, selected, *where, head_dim**-0.5)
+        output, lse = engine.forward(query, key, value, selected, *where, scale)
+        engine.backward(grad, query, key, value, output, lse, selected, *where, scale)
     return dict(found)
 
 
@@ -109,7 +112,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(f"--{option}", type=int, default=default)
     parser.add_argument("--top-k", type=int, default=8)
     given = parser.parse_args(argv)
-    found = count(given.length, given.heads, given.kv_heads, given.head_dim, given.block_size, given.top_k)
+    shape = (given.length, given.heads, given.kv_heads, given.head_dim)
+    found = count(*states(*shape), given.block_size, given.top_k)
     work = Work(given.length, given.block_size, given.top_k)
     print(table(found, moba_counts(given.heads, given.kv_heads, given.head_dim, work)))
 

@@ -8,8 +8,9 @@ With d = head_dim, Hq query heads, Hk KV heads, N tokens, n = N / B blocks, w by
     forward     4 d · B · P  +  4 d · Hq · Σ_i tokens_i² / 2 (own blocks, causal): two products, 2 FLOP each
     backward    2.5 times that: five products
     least bytes Q, K, V, O forward;  Q, O, dO, dQ, K, V, dK, dV backward
-    selection   3 d · w + 12 bytes forward: Q row gathered, partial output written and read, indices and log-sum-exp;
-                4 d · w + 16 backward: Q and dO rows gathered, partial dQ written and read. 780 bytes at d = 128, bf16.
+    selection   3 d · w + 12 bytes forward: Q row gathered, partial output and log-sum-exp written and read, index;
+                4 d · w + 12 backward: Q and dO gathered with log-sum-exp and δ, partial dQ written and read, index.
+                780 and 1036 bytes at d = 128, bf16; sorting is not in it.
 
 A FLOP is a multiplication or an addition.
 """
@@ -79,7 +80,7 @@ def moba_counts(heads: int, kv_heads: int, head_dim: int, work: Work) -> Attenti
         2 * rows + 2 * keys,
         4 * rows + 4 * keys,
         selections * (3 * head_dim * item + 12),
-        selections * (4 * head_dim * item + 16),
+        selections * (4 * head_dim * item + 12),
     )
 
 

@@ -330,8 +330,7 @@ def _required(function) -> list[str]:
 
 @functools.cache  # imports and version look-ups once per process; a raised reason is not kept
 def _load(name: str) -> Provider:
-    loaders = {"fa3": _fa3, "fa4": _fa4, "fa2": _fa2, "torch": _torch, "kernels": _hub_build, "cpu": CpuFlashAttention}
-    return loaders[name]()
+    return dict(fa3=_fa3, fa4=_fa4, fa2=_fa2, torch=_torch, kernels=_hub_build, cpu=CpuFlashAttention)[name]()
 
 
 def _fa3() -> Provider:
