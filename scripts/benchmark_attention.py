@@ -55,8 +55,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         return []
     missing: list[dict] = []
     rows = [row for length in options.lengths for row in compare(options, length, missing)]
-    for text in (table(rows), crossing(rows), absences(missing)):
-        print(text)
+    print(*filter(None, (table(rows), crossing(rows), absences(missing))), sep="\n")
     if options.output:
         write(options, rows, missing)
     return rows
