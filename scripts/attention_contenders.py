@@ -1,6 +1,6 @@
 """What scripts/benchmark_attention.py times: our engines, dense attention, FlexAttention and the peers' own functions.
 
-    sdpa …           PyTorch's dense attention, each of its backends on CUDA
+    dense …          PyTorch's dense attention, each of its backends on CUDA
     fa2 fa3 fa4      dense attention by the FlashAttention packages, through the adapters of the flash engine
     flex             FlexAttention with a block mask of exactly our selection, made anew in every forward as routing is
     moonshot_moba    `moba_attn_varlen` of github.com/MoonshotAI/MoBA

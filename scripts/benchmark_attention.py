@@ -317,7 +317,7 @@ def draw(rows: list[dict], folder: Path) -> None:
     import matplotlib.pyplot as plt
 
     curves = {"time": {"forward_s": " forward", "both_s": " forward + backward"}, "memory": {"peak_mb": ""}}
-    labels = {"time": "seconds", "memory": "MiB, inputs included"}
+    labels, lengths = {"time": "seconds", "memory": "MiB, inputs included"}, sorted({r["length"] for r in rows})
     for file, keys in curves.items():
         figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
         for name, marker in zip(dict.fromkeys(r["contender"] for r in rows), itertools.cycle("osD^vPX*<>")):
@@ -326,9 +326,11 @@ def draw(rows: list[dict], folder: Path) -> None:
                 if points:
                     axes.plot(*zip(*points), style, marker=marker, label=name + kind)
         for (key, kind), style in zip(keys.items(), (":", "-.")):
-            lengths, floor = zip(*floors(rows, key))
-            axes.plot(lengths, floor, style, color="grey", label="floor" + kind)
+            if floor := floors(rows, key):
+                axes.plot(*zip(*floor), style, color="grey", label="floor" + kind)
         axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=labels[file])
+        axes.set_xticks(lengths, labels=map(str, lengths))
+        axes.set_xticks([], minor=True)
         axes.legend(fontsize=7)
         figure.savefig(folder / f"{file}.png", dpi=120)
         plt.close(figure)
@@ -346,7 +348,7 @@ def floors(rows: list[dict], key: str) -> list[tuple[int, float]]:
             found[row["length"]] = row["floor_mb"]
         elif row["dense"] and row[key] == row[key]:
             found[row["length"]] = min(found.get(row["length"], float("inf")), row[key] / row["flop_bound"])
-    return sorted(found.items()) or [(rows[0]["length"], NAN)]
+    return sorted(found.items())
 
 
 if __name__ == "__main__":

@@ -279,6 +279,7 @@ def test_floors(script):
     rows = [row(10, True, 8.0), row(10, True, 6.0), row(10, False, 1.0), row(20, True, 9.0)]
     assert script.floors(rows, "forward_s") == [(10, 3.0), (20, 4.5)]
     assert script.floors(rows, "peak_mb") == [(10, 7.0), (20, 7.0)]
+    assert script.floors([row(10, True, float("nan"))], "forward_s") == []
 
 
 def test_absences_are_joined_by_reason(script):
