@@ -327,7 +327,7 @@ def draw(rows: list[dict], folder: Path) -> None:
                     axes.plot(*zip(*points), style, marker=marker, label=name + kind)
         for (key, kind), style in zip(keys.items(), (":", "-.")):
             if floor := floors(rows, key):
-                axes.plot(*zip(*floor), style, color="grey", label="floor" + kind)
+                axes.plot(*zip(*floor), style, marker=".", color="grey", label="floor" + kind)
         axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=labels[file])
         axes.set_xticks(lengths, labels=map(str, lengths))
         axes.set_xticks([], minor=True)
