@@ -207,8 +207,7 @@ def block_mask(selected: torch.Tensor, problem: Problem):
         return seen
 
     visited, full = _tiles(selected, problem)
-    kinds = (_listed(visited & ~full), _listed(full))
-    (count, index), (full_count, full_index) = kinds
+    (count, index), (full_count, full_index) = _listed(visited & ~full), _listed(full)
     return BlockMask.from_kv_blocks(
         count, index, full_count, full_index, BLOCK_SIZE=_TILE, mask_mod=sees,
         seq_lengths=(problem.length, problem.length), compute_q_blocks=torch.is_grad_enabled(),

@@ -272,7 +272,7 @@ def planned(options, length: int, attention: str) -> float | None:
     if options.preset == "tiny" or dist.get_world_size() == 1:
         return None
     kept = "offload" if options.offload else "layer"
-    work = planner.Work(length, options.block_size, options.top_k, mixed=True, checkpointing=kept, fused_loss=True)
+    work = planner.Work(length, options.block_size, options.top_k, mixed=True, checkpointing=kept)
     sharing = planner.Sharing(dist.get_world_size())
     return (
         planner.train_memory(shape_of(options), work, sharing, planner.DEVICES["h100"], attention == "moba").total

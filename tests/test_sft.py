@@ -10,13 +10,10 @@ import yaml
 from checkpoints import SCRIPTS, byte_tokenizer, load_script
 from models import tiny_model
 from processes import run_together
+from training_runs import CHAT
 from transformers import AutoConfig, AutoModelForCausalLM
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-CHAT = (  # as SmolLM2's: no generation tags, and a line feed after the token that ends a turn
-    "{% for m in messages %}<{{ m['role'] }}>\n{{ m['content'] }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>\n{% endif %}"
-)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import yaml
 from checkpoints import SCRIPTS, byte_tokenizer
 from models import tiny_config
 from tolerance import OUTPUT_SLACK
-from training_runs import make_material, weights
+from training_runs import CHAT, make_material, weights
 from transformers import AutoModelForCausalLM
 
 pytestmark = [
@@ -25,10 +25,6 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
 ]
 FSDP2 = Path(__file__).parent.parent / "configs" / "accelerate" / "fsdp2-8gpu.yaml"
-CHAT = (
-    "{% for m in messages %}<{{ m['role'] }}>\n{{ m['content'] }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>\n{% endif %}"
-)
 SHAPE = dict(
     vocab_size=257, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8,
     num_key_value_heads=2, max_position_embeddings=2048, pad_token_id=None, bos_token_id=None, eos_token_id=0,
@@ -51,7 +47,7 @@ WAYS = {"one": (1, {}), "exact": (1, {"bf16": False}), "two": (2, {"sequence_par
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory):
-    """Text of 2000 tokens a document, conversations of 200 to 900, and a random Llama that attends smoothly."""
+    """Text of 2000 tokens a document, conversations of 200 to 600, and a random Llama that attends smoothly."""
     folder = make_material(tmp_path_factory.mktemp("material"), words=400)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(tiny_config(**SHAPE)).save_pretrained(folder / "model")

@@ -11,6 +11,10 @@ from checkpoints import byte_tokenizer
 from models import tiny_model
 
 MOBA = {"block_size": 8, "top_k": 2, "full_attention_layers": [-1]}
+CHAT = (  # as SmolLM2's: no generation tags, and a line feed after the token that ends a turn
+    "{% for m in messages %}<{{ m['role'] }}>\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>\n{% endif %}"
+)
 
 
 def make_material(folder: Path, *, words: int = 40, **changes) -> Path:

@@ -72,7 +72,8 @@ def target_losses(model: PreTrainedModel, input_ids, position_ids, targets) -> t
         if module is decoder:
             found["output"] = output
         else:
-            found["last"] = functools.partial(module, *[x[:, :1] for x in args[:1]], *args[1:], **kwargs)
+            token = [x[:, :1].clone() for x in args[:1]]  # a view would keep the whole sequence's states
+            found["last"] = functools.partial(module, *token, *args[1:], **kwargs)
 
     hooks = [module.register_forward_hook(ran, with_kwargs=True) for module in (*decoder.children(), decoder)]
     try:

@@ -79,7 +79,7 @@ class MobaSFTTrainer(SFTTrainer):
                 with contextlib.nullcontext() if ranks is None else ranks.sharing(model):
                     batch = batch if ranks is None else ranks.part(batch)
                     output = model(**batch, use_cache=False, fused_lm_head=True)
-                found -= torch.stack([output.log_probs.double().sum(), -output.label_mask.sum()])
+                found += torch.stack([-output.log_probs.double().sum(), output.label_mask.sum()])
         if ranks is not None:
             torch.distributed.all_reduce(found, group=ranks.group)
         total, tokens = found.tolist()
