@@ -83,8 +83,7 @@ def main(argv: list[str] | None = None) -> dict:
     model = prepare_model(load_model(model_args, config), model_args)
     trainer = make_trainer(model, tokenizer, held_out, dataset, data_args, model_args, stage_args, training_args, run)
 
-    before = BeforeTraining(lambda: measure_once(run, "before", trainer))
-    trainer.add_callback(before)
+    before = BeforeTraining(trainer, lambda: measure_once(run, "before", trainer))
     trainer.train(resume_from_checkpoint=run.last_checkpoint())
     after = measure_once(run, "after", trainer)
 

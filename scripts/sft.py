@@ -110,8 +110,7 @@ def main(argv: list[str] | None = None) -> dict:
     held_out, dataset, count = load_data(data_args, tokenizer)
     trainer = make_trainer(load_model(model_args, config), tokenizer, held_out, dataset, model_args, training_args, run)
 
-    before = BeforeTraining(lambda: run.once("before", trainer.evaluate))
-    trainer.add_callback(before)
+    before = BeforeTraining(trainer, lambda: run.once("before", trainer.evaluate))
     trainer.train(resume_from_checkpoint=run.last_checkpoint())
     after = run.once("after", trainer.evaluate)
 

@@ -10,7 +10,13 @@ import pytest
 import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    ProgressCallback,
+)
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "continue_pretrain.py"
 REPORT_KEYS = {
@@ -108,7 +114,7 @@ def test_two_steps_end_to_end(script, config_file, tmp_path, capsys):
 
 
 def test_before_is_measured_on_the_wrapped_model(script, config_file, monkeypatch):
-    """FSDP puts the model on its devices when accelerate prepares it, not earlier."""
+    """FSDP puts the model on its devices when accelerate prepares it, not earlier. The progress bar begins after it."""
     order = []
 
     def noted(cls, name):
@@ -119,10 +125,11 @@ def test_before_is_measured_on_the_wrapped_model(script, config_file, monkeypatc
         (script.MeteredTrainer, "_wrap_model"),
         (script.MeteredTrainer, "measure"),
         (script.MeteredTrainer, "training_step"),
+        (ProgressCallback, "on_train_begin"),
     ):
         noted(cls, name)
-    script.main(["--config", config_file(eval_strategy="no"), "--max_steps", "1"])
-    assert order == ["_wrap_model", "measure", "training_step", "measure"]
+    script.main(["--config", config_file(eval_strategy="no", disable_tqdm=False), "--max_steps", "1"])
+    assert order == ["_wrap_model", "measure", "on_train_begin", "training_step", "measure"]
 
 
 def test_interrupted_run_resumes_to_the_same_end(script, config_file, tmp_path, monkeypatch):

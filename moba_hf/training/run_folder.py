@@ -108,8 +108,10 @@ class BeforeTraining(TrainerCallback):
         found: what it returned.
     """
 
-    def __init__(self, measure: Callable[[], Any]):
+    def __init__(self, trainer: Trainer, measure: Callable[[], Any]):
         self.measure, self.found = measure, None
+        # Ahead of the progress bar, which would count its time as the first step's.
+        trainer.callback_handler.callbacks.insert(0, self)
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.found = self.measure()
