@@ -21,6 +21,7 @@ result as it was.
 import dataclasses
 import logging
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -58,8 +59,8 @@ from moba_hf.training.sources import read_documents
 logger = logging.getLogger("continue_pretrain")
 
 
-def main(argv: list[str] | None = None) -> dict:
-    """Run the whole job; returns the report."""
+def main(argv: list[str] | None = None, load: Callable | None = None) -> dict:
+    """Run the whole job; returns the report. load: in place of `load_data`, where several runs share their text."""
     kinds = (ModelArguments, DataArguments, StageArguments, TrainingArguments, PlanArguments)
     model_args, data_args, stage_args, training_args, plan_args = parse(kinds, for_planning(argv), description=__doc__)
     logging.basicConfig(format="%(message)s")
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None) -> dict:
     tokenizer = load_tokenizer(model_args)
     if stage_args.rope is not None:
         tokenizer.model_max_length = config.get_text_config().max_position_embeddings
-    held_out, dataset, count = load_data(data_args, tokenizer, training_args)
+    held_out, dataset, count = (load or load_data)(data_args, tokenizer, training_args)
     model = prepare_model(load_model(model_args, config), model_args)
     trainer = make_trainer(model, tokenizer, held_out, dataset, data_args, model_args, stage_args, training_args, run)
 
@@ -275,6 +276,7 @@ def make_report(trainer, before: Measured, after: Measured, count: PackingCount,
         **{f"moba_{when}": losses.moba.summary(tokens) for when, losses in measured.items()},
         **{f"gap_{when}": gap for when, gap in gaps.items()},
         "position_loss": {when: losses.by_position() for when, losses in measured.items()},
+        "sequence_loss": {when: losses.by_sequence() for when, losses in measured.items()},
         "selection": {"before": dataclasses.asdict(before.selection), "after": dataclasses.asdict(after.selection)},
         "tokens_per_second": statistics.harmonic_mean(speeds) if speeds else None,
         "history": training_history(trainer),

@@ -40,6 +40,10 @@ class Measurement:
         losses = {mode: getattr(self, mode).by_position(width).tolist() for mode in ("full", "moba")}
         return {"ends": ends, **losses}
 
+    def by_sequence(self) -> dict[str, list[float]]:
+        """Mean loss of each sequence, in both attentions: whether a difference of two runs is more than chance."""
+        return {mode: getattr(self, mode).by_token.mean(1).tolist() for mode in ("full", "moba")}
+
     def metrics(self, trailing_tokens: int) -> dict[str, float]:
         """All of it, under the names that are logged."""
         curves = self.by_position()
