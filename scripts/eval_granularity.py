@@ -104,7 +104,7 @@ def report(
         {key: [summaries[text][key] for text in args.splits] for key in ("mean", "trailing")},
         summaries["full"],
         trailing_tokens=args.trailing_tokens,
-        title=f"Granularity, {number} sequences of {args.length} tokens ({settings['model']})",
+        title=f"Granularity, {number} × {args.length} tokens ({settings['model']})",
     )
     save(figure, folder / "granularity.png")
     print(f"{'blocks':<8}{'mean':>8}{'last ' + str(args.trailing_tokens):>12}")

@@ -96,7 +96,7 @@ def report(
     write_json(folder / "position_loss.json", result)
     layers = ", ".join(map(str, args.hybrid_layers))
     names = {"full": "full attention", "moba": "MoBA", "hybrid": f"MoBA, layers {layers} full"}
-    title = f"Loss by position, {number} sequences of {args.length} tokens ({settings['model']})"
+    title = f"Loss by position, {number} × {args.length} tokens ({settings['model']})"
     save(position_figure(result["by_position"], args.window, names=names, title=title), folder / "position_loss.png")
     print(f"{'':<8}{'mean':>8}{'last ' + str(args.trailing_tokens):>12}")
     for mode, loss in result["loss"].items():
