@@ -3,7 +3,7 @@
 The guards wrap methods because Transformers has no hook there, and without them a user would get dense attention
 without a word: when a checkpoint with MoBA settings is loaded under another attention implementation, and when
 continuous batching replaces "moba" by a FlashAttention that happens to be installed. The first also puts
-`from_pretrained(..., config=config, moba={...})` into the config, where Transformers would hand it to the model's class.
+`moba` of `from_pretrained(..., config=config, moba={...})` into the config, as Transformers does where it loads that.
 """
 
 import copy
