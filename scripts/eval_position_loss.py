@@ -36,7 +36,9 @@ class PositionLossArguments:
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
     length: int = field(default=8192, metadata={"help": "Tokens per sequence."})
     sequences: int = field(default=8, metadata={"help": "Sequences measured."})
-    trailing_tokens: int = field(default=2048, metadata={"help": "Last positions that make the trailing loss."})
+    trailing_tokens: int | None = field(
+        default=None, metadata={"help": "Last positions that make the trailing loss; by default a quarter of length."}
+    )
     window: int = field(default=256, metadata={"help": "Positions averaged for a point of the curve."})
     hybrid_layers: list[int] = field(
         default_factory=lambda: [-3, -2, -1], metadata={"help": "Layers the hybrid keeps in full attention."}
@@ -44,6 +46,8 @@ class PositionLossArguments:
     output_dir: str = field(default="runs/position_loss", metadata={"help": "Folder of the results."})
 
     def __post_init__(self):
+        if self.trailing_tokens is None:
+            self.trailing_tokens = max(1, self.length // 4)
         for name, most in (
             ("length", None),
             ("sequences", None),
