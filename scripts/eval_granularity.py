@@ -38,10 +38,14 @@ class GranularityArguments:
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
     length: int = field(default=8192, metadata={"help": "Tokens per sequence."})
     sequences: int = field(default=8, metadata={"help": "Sequences measured."})
-    trailing_tokens: int = field(default=2048, metadata={"help": "Last positions that make the trailing loss."})
+    trailing_tokens: int | None = field(
+        default=None, metadata={"help": "Last positions that make the trailing loss; by default a quarter of length."}
+    )
     output_dir: str = field(default="runs/granularity", metadata={"help": "Folder of the results."})
 
     def __post_init__(self):
+        if self.trailing_tokens is None:
+            self.trailing_tokens = max(1, self.length // 4)
         if not 1 <= self.trailing_tokens < self.length or self.sequences < 1:
             raise ValueError(
                 f"sequences must be at least 1 and trailing_tokens between 1 and length − 1, but sequences was "
@@ -104,7 +108,7 @@ def report(
         {key: [summaries[text][key] for text in args.splits] for key in ("mean", "trailing")},
         summaries["full"],
         trailing_tokens=args.trailing_tokens,
-        title=f"Granularity, {number} sequences of {args.length} tokens ({settings['model']})",
+        title=f"Granularity, {number} × {args.length} tokens ({settings['model']})",
     )
     save(figure, folder / "granularity.png")
     print(f"{'blocks':<8}{'mean':>8}{'last ' + str(args.trailing_tokens):>12}")

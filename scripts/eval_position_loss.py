@@ -36,7 +36,9 @@ class PositionLossArguments:
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
     length: int = field(default=8192, metadata={"help": "Tokens per sequence."})
     sequences: int = field(default=8, metadata={"help": "Sequences measured."})
-    trailing_tokens: int = field(default=2048, metadata={"help": "Last positions that make the trailing loss."})
+    trailing_tokens: int | None = field(
+        default=None, metadata={"help": "Last positions that make the trailing loss; by default a quarter of length."}
+    )
     window: int = field(default=256, metadata={"help": "Positions averaged for a point of the curve."})
     hybrid_layers: list[int] = field(
         default_factory=lambda: [-3, -2, -1], metadata={"help": "Layers the hybrid keeps in full attention."}
@@ -44,6 +46,8 @@ class PositionLossArguments:
     output_dir: str = field(default="runs/position_loss", metadata={"help": "Folder of the results."})
 
     def __post_init__(self):
+        if self.trailing_tokens is None:
+            self.trailing_tokens = max(1, self.length // 4)
         for name, most in (
             ("length", None),
             ("sequences", None),
@@ -96,7 +100,7 @@ def report(
     write_json(folder / "position_loss.json", result)
     layers = ", ".join(map(str, args.hybrid_layers))
     names = {"full": "full attention", "moba": "MoBA", "hybrid": f"MoBA, layers {layers} full"}
-    title = f"Loss by position, {number} sequences of {args.length} tokens ({settings['model']})"
+    title = f"Loss by position, {number} × {args.length} tokens ({settings['model']})"
     save(position_figure(result["by_position"], args.window, names=names, title=title), folder / "position_loss.png")
     print(f"{'':<8}{'mean':>8}{'last ' + str(args.trailing_tokens):>12}")
     for mode, loss in result["loss"].items():

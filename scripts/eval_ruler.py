@@ -125,7 +125,7 @@ def report(folder: Path, settings: dict, tasks, not_run: dict, args: RulerArgume
         "answers": results,
     }
     write_json(folder / "ruler.json", result)
-    title = f"RULER, {args.samples} samples per task ({settings['model']})"
+    title = f"RULER, samples per task: {args.samples} ({settings['model']})"
     save(ruler_figure(scores, names, args.lengths, title=title), folder / "ruler.png")
     for length in args.lengths:
         print(f"\n{length} tokens{'full':>14}{'moba':>8}")

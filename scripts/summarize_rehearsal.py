@@ -79,17 +79,17 @@ def figure(reports: dict[str, dict]) -> Figure:
             if "history" not in report:
                 continue
             history = report["history"]
-            for mode, color, marker in (("full", FULL, "s"), ("moba", MOBA, "o")):
+            for mode, color, line in (("full", FULL, "s-"), ("moba", MOBA, "o--")):
                 chosen = [i for i, layers in enumerate(history["moba_layers"]) if bool(layers) == (mode == "moba")]
                 at = [first + i + 1 for i in chosen]
-                panel.plot(at, [history["loss"][i] for i in chosen], color=color, marker=marker)
+                panel.plot(at, [history["loss"][i] for i in chosen], line, color=color)
             panel.axvline(first + 0.5, color="0.8", linewidth=1, zorder=0)
-            panel.text(first + 0.7, 1.01, stage, transform=panel.get_xaxis_transform(), va="bottom")
+            panel.text(first + 0.7, 0.99, stage, transform=panel.get_xaxis_transform(), va="top")
             first += len(history["loss"])
-        panel.set_xlabel("step")
-        panel.set_ylabel("training loss")
-        names = (("full attention", FULL, "s"), ("MoBA", MOBA, "o"))
-        panel.legend(handles=[Line2D([], [], color=color, marker=marker, label=name) for name, color, marker in names])
+        panel.margins(y=0.12)  # for the names of the stages
+        panel.set(title="Training loss by stage", xlabel="step of all stages", ylabel="training loss (nats per token)")
+        names = (("full attention", FULL, "s", "-"), ("MoBA", MOBA, "o", "--"))
+        panel.legend(handles=[Line2D([], [], color=c, marker=m, linestyle=s, label=name) for name, c, m, s in names])
         return drawing
 
 

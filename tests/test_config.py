@@ -4,7 +4,7 @@ import json
 
 import pytest
 from models import tiny_config, tiny_model
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import moba_hf
 from moba_hf import MobaConfig
@@ -79,6 +79,23 @@ def test_from_pretrained_takes_a_dict_and_validates_before_loading(tmp_path):
     (tmp_path / "model.safetensors").unlink()  # were weights read first, this would be the error
     with pytest.raises(ValueError, match="top_k must be at least 1"):
         load(tmp_path, attn_implementation="moba", moba={"top_k": 0})
+
+
+@pytest.mark.parametrize("cls", [AutoModelForCausalLM, LlamaForCausalLM])
+def test_from_pretrained_takes_a_dict_beside_a_config(cls, tmp_path):
+    """Transformers hands the keywords beside a config to the model's class; settings go into a copy of the config."""
+    tiny_model().save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    given = config.to_dict()
+    model = cls.from_pretrained(tmp_path, config=config, attn_implementation="moba", moba={"block_size": 8})
+    assert model.config.moba == MobaConfig(block_size=8).to_dict()
+    assert config.to_dict() == given
+    assert cls.from_pretrained(tmp_path, config=config, attn_implementation="sdpa", moba=None).config.moba is None
+    with pytest.raises(TypeError, match="another_keyword"):  # what is not ours is left to Transformers
+        cls.from_pretrained(tmp_path, config=config, another_keyword=1)
+    (tmp_path / "model.safetensors").unlink()  # were weights read first, this would be the error
+    with pytest.raises(ValueError, match="top_k must be at least 1"):
+        cls.from_pretrained(tmp_path, config=config, attn_implementation="moba", moba={"top_k": 0})
 
 
 def test_settings_are_saved_with_the_model(tmp_path):

@@ -122,6 +122,8 @@ def test_position_loss(material, arguments, tmp_path, capsys):
     assert len({loss["mean"] for loss in report["loss"].values()}) == 3
     assert "2 documents were shorter than 300 tokens" in capsys.readouterr().out
     assert (tmp_path / "out" / "position_loss.png").stat().st_size > 5000
+    settings = script.main(arguments(*text[:4]))["settings"]
+    assert settings["trailing_tokens"] == 75, "by default a quarter of the length"
     with pytest.raises(ValueError, match="none of the 4 documents has 1000 tokens"):
         script.main(arguments(*text[:2], "--length", "1000", "--trailing_tokens", "10"))
     with pytest.raises(ValueError, match="trailing_tokens must be at least 1 and at most 299, but was 300"):
@@ -139,6 +141,8 @@ def test_granularity(material, arguments, tmp_path):
     assert losses["4/4"] == pytest.approx(losses["full"])  # all blocks: full attention
     assert losses["2/8"]["mean"] != losses["8/32"]["mean"] and all(math.isfinite(x["mean"]) for x in losses.values())
     assert (tmp_path / "out" / "granularity.png").stat().st_size > 5000
+    default = script.main(arguments(*text[:6], "--splits", "2/8"))["settings"]["trailing_tokens"]
+    assert default == 32, "a quarter of the length"
     for wrong, message in (("9/8", "as in 2/8, but was '9/8'"), ("2/7", "cannot be cut into 7 equal blocks")):
         with pytest.raises(ValueError, match=message):
             script.main(arguments(*text, "--splits", wrong))

@@ -31,7 +31,7 @@ def needle_figure(
     *,
     title: str = "",
 ) -> Figure:
-    """Length × depth grids, red (not found) to green (found) as in the paper; side by side, or wide ones stacked.
+    """Length × depth grids, dark where the needle was not found; side by side, or wide ones stacked.
 
     Args:
         tables: mode → mean score, 0 … 1, [depth][length]; None where nothing was measured.
@@ -44,8 +44,8 @@ def needle_figure(
         panels = figure.subplots(*shape, sharex=True, sharey=True, squeeze=False).flatten()
         for panel, (mode, table) in zip(panels, tables.items(), strict=True):
             values = np.array([[np.nan if v is None else 100 * v for v in row] for row in table])
-            image = panel.imshow(values, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
-            _write_values(panel, values, dark=lambda value: value < 15 or value > 85)
+            image = panel.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+            _write_values(panel, values, dark=lambda value: value < 50)
             panel.set_xticks(range(len(lengths)), [_thousands(n) for n in lengths], rotation=90)
             panel.set_yticks(range(len(depths)), [f"{depth} %" for depth in depths])
             found = f"{np.nanmean(values):.0f} % found" if np.isfinite(values).any() else "not measured"
@@ -133,11 +133,13 @@ def granularity_figure(
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 3.9))
         titles = {"mean": "All positions", "trailing": f"Last {trailing_tokens} positions"}
+        behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # no line strikes a value through
+        small = {"textcoords": "offset points", "fontsize": 9}
         for panel, (key, name) in zip(figure.subplots(1, 2), titles.items(), strict=True):
             panel.plot(range(len(splits)), losses[key], **_LINES["moba"], label="MoBA")
             panel.axhline(full[key], color=FULL, label="full attention")
             for i, loss in enumerate(losses[key]):
-                panel.annotate(f"{loss:.3f}", (i, loss), (3, 5), textcoords="offset points", fontsize=9)
+                panel.annotate(f"{loss:.3f}", (i, loss), (0, 8), ha="center", bbox=behind, **small)
             panel.set_xticks(range(len(splits)), [f"{taken}/{all_}" for taken, all_ in splits])
             panel.margins(x=0.16, y=0.18)
             panel.set(title=name, xlabel="blocks taken / blocks in the sequence", ylabel="loss (nats per token)")

@@ -14,7 +14,7 @@ from .routing import Gate
 
 OWN, CHOSEN, LEFT_OUT = MOBA, FULL, "#E3E3E3"
 _TINTS = {OWN: "#FBE7DA", CHOSEN: "#DCEBF5", LEFT_OUT: "#F6F6F6"}
-_GREY = "#666666"
+_PALE = "#B5B5B5"  # in grey, too, lighter than a chosen block
 _LINE = 94  # characters of a block's text in a line, two lines at most
 _PATTERN = ListedColormap(["white", LEFT_OUT, CHOSEN, OWN])
 
@@ -82,7 +82,7 @@ def _draw_scores(panel, scores: Sequence[float], colors: Sequence[str]) -> None:
     reach = (highest - lowest) or 1.0
     for block, score in enumerate(scores):
         width = 0.06 + 0.68 * (score - lowest) / reach
-        panel.barh(block, width, 0.5, color=_GREY if colors[block] == LEFT_OUT else colors[block], alpha=0.9)
+        panel.barh(block, width, 0.5, color=_PALE if colors[block] == LEFT_OUT else colors[block], alpha=0.9)
         panel.text(width + 0.02, block, f"{score:.0f}".replace("-", "−"), va="center", fontsize=8.5)
     panel.text(0, len(colors) - 1, "always attended", va="center", fontsize=8.5, color=OWN)
     panel.set(xlim=(0, 1), xticks=[])

@@ -2,9 +2,11 @@
 
 The guards wrap methods because Transformers has no hook there, and without them a user would get dense attention
 without a word: when a checkpoint with MoBA settings is loaded under another attention implementation, and when
-continuous batching replaces "moba" by a FlashAttention that happens to be installed.
+continuous batching replaces "moba" by a FlashAttention that happens to be installed. The first also puts
+`moba` of `from_pretrained(..., config=config, moba={...})` into the config, as Transformers does where it loads that.
 """
 
+import copy
 import functools
 
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
@@ -27,7 +29,7 @@ def register() -> None:
     if not isinstance(PreTrainedConfig.__dict__.get("moba"), _MobaSettings):
         PreTrainedConfig.moba = _MobaSettings()
     if not hasattr(PreTrainedModel.from_pretrained, "_moba_guard"):
-        PreTrainedModel.from_pretrained = classmethod(_saying_when_dense(PreTrainedModel.from_pretrained.__func__))
+        PreTrainedModel.from_pretrained = classmethod(_loading(PreTrainedModel.from_pretrained.__func__))
     switch = ContinuousBatchingManager.switch_to_cb_friendly_attn
     if not hasattr(switch, "_moba_guard"):
         ContinuousBatchingManager.switch_to_cb_friendly_attn = _refusing_moba(switch)
@@ -57,9 +59,13 @@ class _MobaSettings:
             text_config.moba = settings
 
 
-def _saying_when_dense(from_pretrained):
+def _loading(from_pretrained):
     @functools.wraps(from_pretrained)
     def wrapper(cls, *args, **kwargs):
+        config = kwargs.get("config")
+        if NAME in kwargs and isinstance(config, PreTrainedConfig):
+            config = kwargs["config"] = copy.deepcopy(config)  # the caller's stays as it is, as Transformers keeps it
+            config.moba = kwargs.pop(NAME)
         loaded = from_pretrained(cls, *args, **kwargs)
         config = (loaded[0] if isinstance(loaded, tuple) else loaded).config
         if getattr(config, NAME, None) and config._attn_implementation != NAME:
