@@ -5,9 +5,10 @@
 
 A dump of Wikipedia gives one document per article. Of a folder, the files of each of its folders are one document, in
 the order of their names, each below its path: later files speak of earlier ones, so a context longer than a file has
-something to find; `site-packages` is left out, so that /usr/lib/python3.X is the standard library. Documents longer than 2^18 characters are cut there, those that occur twice kept once; their order is
-that of their digests, the same wherever the same text is found. Files ending in .gz are unpacked. The text belongs to
-its authors: use it, do not publish the file.
+something to find; `site-packages` is left out, so that /usr/lib/python3.X is the standard library. Documents longer
+than 2^18 characters are cut there, those that occur twice kept once; their order is that of their digests, the same
+wherever the same text is found. Files ending in .gz are unpacked. The text belongs to its authors: use it, do not
+publish the file.
 """
 
 import argparse

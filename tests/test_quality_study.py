@@ -21,10 +21,9 @@ def test_collects_articles_folders_and_texts(tmp_path):
         (tree / path).parent.mkdir(parents=True, exist_ok=True)
         (tree / path).write_text(text)
     (tmp_path / "long.txt").write_text("x" * ((1 << 18) + 5))
-    load_script("collect_long_text").main(
-        [str(tmp_path / "text.jsonl"), "--wikipedia", str(tmp_path / "wiki.gz"), "--folders", str(tree)]
-        + ["--texts", str(tmp_path / "long.txt")]
-    )
+    given = {"wikipedia": tmp_path / "wiki.gz", "folders": tree, "texts": tmp_path / "long.txt"}
+    arguments = [word for name, path in given.items() for word in (f"--{name}", str(path))]
+    load_script("collect_long_text").main([str(tmp_path / "text.jsonl"), *arguments])
     rows = [json.loads(line) for line in (tmp_path / "text.jsonl").read_text().splitlines()]
     assert sorted((row["source"], row["text"][:40]) for row in rows) == [
         ("long.txt", "x" * 5),
