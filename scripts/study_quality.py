@@ -6,8 +6,8 @@
 
 Every arm is a run of scripts/continue_pretrain.py with the config and the settings named in `ARMS` below; what else is
 given on the command line goes there too. All arms see the same text in the same order (another order where the seed
-differs), which is tokenized and packed once. Each leaves its folder below --folder; scripts/summarize_quality.py draws
-the figures. An interrupted study goes on where it was.
+differs), which is tokenized and packed once. Each leaves its folder below --folder. An interrupted study goes on where
+it was.
 """
 
 import argparse
@@ -28,11 +28,11 @@ def blocks(block_size: int, top_k: int, full_attention_layers=()) -> dict:
 
 # name -> arguments of continue_pretrain.py; a MoBA layer of every arm attends at most 1024 keys
 ARMS = {
-    "full": {"schedule": FULL},
+    "full": {"moba": blocks(128, 8), "schedule": FULL},  # MoBA for the meter alone
     "moba": {"moba": blocks(128, 8)},
     "hybrid": {"moba": blocks(128, 8, LAST_THREE)},
     "switch": {"moba": blocks(128, 8), "schedule": [{"mode": "moba", "share": 0.9}, {"mode": "full"}]},
-    "full-seed-1": {"schedule": FULL, "seed": 1},
+    "full-seed-1": {"moba": blocks(128, 8), "schedule": FULL, "seed": 1},
     "hybrid-seed-1": {"moba": blocks(128, 8, LAST_THREE), "seed": 1},
     "blocks-512": {"moba": blocks(512, 2)},
     "blocks-256": {"moba": blocks(256, 4)},
