@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> list[Path]:
             print(f"{arm}: done, {folder / 'report.json'}")
             continue
         print(f"{arm}: {ARMS[arm]}", flush=True)
-        settings = {name: value if name == "seed" else json.dumps(value) for name, value in ARMS[arm].items()}
+        settings = {name: json.dumps(value) for name, value in ARMS[arm].items()}
         flags = {"config": options.config, "output_dir": folder, **settings}
         continue_pretrain.main([str(word) for name in flags for word in (f"--{name}", flags[name])] + further, load)
         gc.collect()  # the arm's model and its trainer name each other

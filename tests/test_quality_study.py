@@ -5,7 +5,7 @@ import json
 
 import pytest
 import yaml
-from checkpoints import load_script, save_checkpoint
+from checkpoints import SCRIPTS, load_script, save_checkpoint
 
 WORDS = "every query picks the few blocks that matter to it "
 
@@ -51,7 +51,7 @@ def test_arms_share_their_text_and_leave_reports(tmp_path, monkeypatch):
         recall_steps=5, save_strategy="no", report_to="none", use_cpu=True, learning_rate=1e-3,
     )  # fmt: skip
     (tmp_path / "arm.yaml").write_text(yaml.safe_dump(settings))
-    monkeypatch.syspath_prepend("scripts")
+    monkeypatch.syspath_prepend(SCRIPTS)
     study = load_script("study_quality")
     small = {"block_size": 8, "top_k": 2, "full_attention_layers": [-1]}
     monkeypatch.setattr(
