@@ -6,8 +6,9 @@
     python scripts/benchmark_kernels.py S1-8 S1-32 --graph             # without the time that launching takes
 
 Medians by CUDA events after a warm-up; extra memory is the peak above inputs. S3 is one KV group of 10M tokens, S3-2
-the same with 2M. --selection gives attention blocks made by hand in place of those that routing chose: `sink`, the
-first block and random ones; `local`, the newest ones. Needs a CUDA device and Triton.
+the same with 2M; D64-8 is a layer of the model of docs/quality.md. --selection gives attention blocks made by hand in
+place of those that routing chose: `sink`, the first block and random ones; `local`, the newest ones. Needs a CUDA
+device and Triton.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from moba_hf.ops.engines import triton as engine
 
 @dataclass(frozen=True)
 class Setting:
-    """Shapes of one benchmark; head_dim is 128 and dtype bfloat16 throughout."""
+    """Shapes of one benchmark; dtype is bfloat16 throughout."""
 
     batch: int
     length: int
@@ -32,6 +33,7 @@ class Setting:
     block_size: int
     top_k: int
     backward: bool = True
+    head_dim: int = 128
 
 
 _S1 = Setting(2, 0, 16, 16, 128, 8)
@@ -41,6 +43,7 @@ SETTINGS = {f"S1-{k}": replace(_S1, length=k << 10) for k in (8, 32, 64, 128, 51
     "S3": Setting(1, 10 << 20, 4, 1, 160 << 10, 3, backward=False),
     "S4": Setting(1, 1 << 17, 32, 8, 512, 8),
     "S4-16": Setting(1, 1 << 17, 32, 8, 512, 16),
+    "D64-8": Setting(4, 8 << 10, 9, 3, 128, 8, head_dim=64),
 }
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 
@@ -68,7 +71,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def ours(name: str, s: Setting, options) -> None:
     tokens = s.batch * s.length
-    query, key, value, grad = (states(tokens, h) for h in (s.heads, s.kv_heads, s.kv_heads, s.heads))
+    query, key, value, grad = (states(tokens, h, s.head_dim) for h in (s.heads, s.kv_heads, s.kv_heads, s.heads))
+    scale = s.head_dim**-0.5
     ends = torch.arange(s.batch + 1, device="cuda", dtype=torch.int32) * s.length
     where = (ends, ends, s.block_size)
     before = torch.cuda.memory_allocated()
@@ -76,14 +80,14 @@ def ours(name: str, s: Setting, options) -> None:
     selected = engine.select(query, key, *where, s.top_k - 1)
     if options.selection != "routed":
         selected.copy_(by_hand(s, options.selection)[:, None])
-    output, lse = engine.forward(query, key, value, selected, *where, 128**-0.5)
+    output, lse = engine.forward(query, key, value, selected, *where, scale)
     stages = {
         "select": lambda: engine.select(query, key, *where, s.top_k - 1),
-        "forward": lambda: engine.forward(query, key, value, selected, *where, 128**-0.5),
+        "forward": lambda: engine.forward(query, key, value, selected, *where, scale),
     }
     if s.backward:
         saved = (query, key, value, output, lse, selected)
-        stages["backward"] = lambda: engine.backward(grad, *saved, *where, 128**-0.5)
+        stages["backward"] = lambda: engine.backward(grad, *saved, *where, scale)
     if options.graph:
         stages = {stage: graphed(run) for stage, run in stages.items()}
     warm = () if options.graph else ("select", "forward")  # they ran above
@@ -115,7 +119,7 @@ def by_hand(s: Setting, selection: str) -> torch.Tensor:
 
 def dense(name: str, s: Setting, options) -> None:
     query, key, value, grad = (
-        states(s.batch, h, s.length).requires_grad_() for h in (s.heads, s.kv_heads, s.kv_heads, s.heads)
+        states(s.batch, h, s.length, s.head_dim).requires_grad_() for h in (s.heads, s.kv_heads, s.kv_heads, s.heads)
     )
 
     def forward():
@@ -136,8 +140,7 @@ def dense(name: str, s: Setting, options) -> None:
         print(f"{name} dense {backend}: {line}; {peak:.2f} GiB extra", flush=True)
 
 
-def states(tokens: int, heads: int, length: int | None = None) -> torch.Tensor:
-    shape = (tokens, heads, 128) if length is None else (tokens, heads, length, 128)
+def states(*shape: int) -> torch.Tensor:
     return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
 
 
