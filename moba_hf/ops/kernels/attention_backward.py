@@ -22,10 +22,9 @@ import triton.language as tl
 
 from .backward_settings import BackwardSettings
 from .bucket_sort import bucket_tiles, sort_by_block, sort_bytes
+from .primitives import LOG2_E, load_rows, token_and_head
 from .tuned_tiles import Tile
 from .workspace import head_passes, token_passes
-
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -75,14 +74,17 @@ def own_block_keys_kernel(
     dk = tl.zeros([KEYS, WIDTH], tl.float32)
     dv = tl.zeros([KEYS, WIDTH], tl.float32)
     end = tl.load(end_query_ptr + tile) * GROUP
+    q_ptr += kv_head * GROUP * q_head
+    do_ptr += kv_head * GROUP * do_head
+    lse_ptr += kv_head * GROUP
+    delta_ptr += kv_head * GROUP
     # disable_licm: invariants recomputed rather than kept; dK, dV and the scores leave no registers for them
     for first in tl.range(tl.load(first_query_ptr + tile) * GROUP, end, ROWS, num_stages=STAGES, disable_licm=True):
         row = first + tl.arange(0, ROWS)
         taken = row < end
-        token, head = (row // GROUP).to(tl.int64), kv_head * GROUP + row % GROUP
-        row_mask = taken[:, None] & (d < HEAD_DIM)[None, :]
-        q = tl.load(q_ptr + (token * q_token + head * q_head)[:, None] + d[None, :], mask=row_mask, other=0.0)
-        do = tl.load(do_ptr + (token * do_token + head * do_head)[:, None] + d[None, :], mask=row_mask, other=0.0)
+        token, head = token_and_head(row, 0, GROUP)
+        q = load_rows(q_ptr, token, head, q_token, q_head, taken, HEAD_DIM, WIDTH)
+        do = load_rows(do_ptr, token, head, do_token, do_head, taken, HEAD_DIM, WIDTH)
         lse = tl.load(lse_ptr + token * heads + head, mask=taken, other=float("inf")) * LOG2_E
         delta = tl.load(delta_ptr + token * heads + head, mask=taken, other=0.0)
         own_start = tl.load(own_start_ptr + token, mask=taken, other=total_k)
@@ -117,7 +119,7 @@ def past_block_keys_kernel(
     q, do: [total_q, heads, HEAD_DIM]; k, v: [total_k, kv_heads, HEAD_DIM]; lse, delta: float32 [total_q, heads];
     entries: int32 [kv heads of the pass, max_entries]; bucket, begin, end: int32 [kv heads of the pass, max_tiles],
     bucket −1 where unused; block_start: int32 [n_blocks];
-    dq: [kv heads of the pass, entries, HEAD_DIM], each entry written once;
+    dq: [kv heads of the pass, entries, HEAD_DIM], without the factor `scale`, each entry written once;
     dk, dv: float32 [kv heads of the pass, total_k, HEAD_DIM], added to once: with atomics, unless buckets are not
     split and the program is ALONE with its keys.
     """
@@ -137,17 +139,19 @@ def past_block_keys_kernel(
     v = tl.load(v_ptr + key * v_token + kv_head * v_head + d[None, :], mask=key_mask, other=0.0)
     dk = tl.zeros([KEYS, WIDTH], tl.float32)
     dv = tl.zeros([KEYS, WIDTH], tl.float32)
+    q_ptr += kv_head * GROUP * q_head
+    do_ptr += kv_head * GROUP * do_head
+    lse_ptr += kv_head * GROUP
+    delta_ptr += kv_head * GROUP
     entries_ptr += slice_head * entries_head
     dq_ptr += slice_head * partial_head
     # disable_licm: see `own_block_keys_kernel`; 16 registers spilled without it, none with it at head_dim 128
     for first in tl.range(begin, end, ROWS, num_stages=STAGES, disable_licm=True):
         taken = first + tl.arange(0, ROWS) < end
         entry = tl.load(entries_ptr + first + tl.arange(0, ROWS), mask=taken, other=0)
-        row = entry // SLOTS
-        token, head = (first_token + row // GROUP).to(tl.int64), kv_head * GROUP + row % GROUP
-        row_mask = taken[:, None] & (d < HEAD_DIM)[None, :]
-        q = tl.load(q_ptr + (token * q_token + head * q_head)[:, None] + d[None, :], mask=row_mask, other=0.0)
-        do = tl.load(do_ptr + (token * do_token + head * do_head)[:, None] + d[None, :], mask=row_mask, other=0.0)
+        token, head = token_and_head(entry // SLOTS, first_token, GROUP)
+        q = load_rows(q_ptr, token, head, q_token, q_head, taken, HEAD_DIM, WIDTH)
+        do = load_rows(do_ptr, token, head, do_token, do_head, taken, HEAD_DIM, WIDTH)
         lse = tl.load(lse_ptr + token * heads + head, mask=taken, other=float("inf")) * LOG2_E
         delta = tl.load(delta_ptr + token * heads + head, mask=taken, other=0.0)
         p = tl.math.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 - lse[None, :])
@@ -158,9 +162,10 @@ def past_block_keys_kernel(
         ds = (p * (dp - delta[None, :])).to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision="ieee")
         if WITH_DQ:
-            dq = tl.dot(tl.trans(ds), k, input_precision="ieee") * scale
+            dq = tl.dot(tl.trans(ds), k, input_precision="ieee")
             out = entry[:, None].to(tl.int64) * HEAD_DIM + d[None, :]
-            tl.store(dq_ptr + out, dq.to(dq_ptr.dtype.element_ty), mask=row_mask)
+            dq_mask = taken[:, None] & (d < HEAD_DIM)[None, :]
+            tl.store(dq_ptr + out, dq.to(dq_ptr.dtype.element_ty), mask=dq_mask)
     out = slice_head * sum_head + key * sum_token + d[None, :]
     if ALONE:
         tl.store(dk_ptr + out, tl.load(dk_ptr + out, mask=key_mask, other=0.0) + dk * scale, mask=key_mask)
@@ -193,14 +198,13 @@ def past_block_queries_kernel(
     kv_head = (first_kv_head + tl.program_id(1)).to(tl.int64)
     taken = position < tl.load(end_ptr + tile)
     entry = tl.load(entries_ptr + slice_head * entries_head + position, mask=taken, other=0)
-    row = entry // SLOTS
-    token, head = (first_token + row // GROUP).to(tl.int64), kv_head * GROUP + row % GROUP
+    token, head = token_and_head(entry // SLOTS, first_token, GROUP)
     d = tl.arange(0, WIDTH)
-    row_mask = taken[:, None] & (d < HEAD_DIM)[None, :]
-    q = tl.load(q_ptr + (token * q_token + head * q_head)[:, None] + d[None, :], mask=row_mask, other=0.0)
-    do = tl.load(do_ptr + (token * do_token + head * do_head)[:, None] + d[None, :], mask=row_mask, other=0.0)
-    lse = tl.load(lse_ptr + token * heads + head, mask=taken, other=float("inf")) * LOG2_E
-    delta = tl.load(delta_ptr + token * heads + head, mask=taken, other=0.0)
+    q = load_rows(q_ptr + kv_head * GROUP * q_head, token, head, q_token, q_head, taken, HEAD_DIM, WIDTH)
+    do = load_rows(do_ptr + kv_head * GROUP * do_head, token, head, do_token, do_head, taken, HEAD_DIM, WIDTH)
+    row = kv_head * GROUP + token * heads + head
+    lse = tl.load(lse_ptr + row, mask=taken, other=float("inf")) * LOG2_E
+    delta = tl.load(delta_ptr + row, mask=taken, other=0.0)
     block_start = tl.load(block_start_ptr + bucket).to(tl.int64)
     k_ptr += block_start * k_token + kv_head * k_head
     v_ptr += block_start * v_token + kv_head * v_head
@@ -216,7 +220,7 @@ def past_block_queries_kernel(
         ds = (p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])).to(q.dtype)
         dq = tl.dot(ds, k, dq, input_precision="ieee")
     out = slice_head * partial_head + entry[:, None].to(tl.int64) * HEAD_DIM + d[None, :]
-    tl.store(dq_ptr + out, (dq * scale).to(dq_ptr.dtype.element_ty), mask=row_mask)
+    tl.store(dq_ptr + out, dq.to(dq_ptr.dtype.element_ty), mask=taken[:, None] & (d < HEAD_DIM)[None, :])
 
 
 @triton.jit(do_not_specialize=["first_token", "end_token", "first_kv_head", "total_k"])
@@ -239,17 +243,16 @@ def own_block_queries_kernel(
     kv_head = (first_kv_head + tl.program_id(1)).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     taken = row < (end_token - first_token) * GROUP
-    token, head = (first_token + row // GROUP).to(tl.int64), kv_head * GROUP + row % GROUP
+    token, head = token_and_head(row, first_token, GROUP)
     d = tl.arange(0, WIDTH)
-    row_mask = taken[:, None] & (d < HEAD_DIM)[None, :]
     own_start = tl.load(own_start_ptr + token, mask=taken, other=total_k)
     key_row = tl.load(key_row_ptr + token, mask=taken, other=total_k)
     in_sequence = own_start < total_k
-    q_mask = in_sequence[:, None] & (d < HEAD_DIM)[None, :]
-    q = tl.load(q_ptr + (token * q_token + head * q_head)[:, None] + d[None, :], mask=q_mask, other=0.0)
-    do = tl.load(do_ptr + (token * do_token + head * do_head)[:, None] + d[None, :], mask=q_mask, other=0.0)
-    lse = tl.load(lse_ptr + token * heads + head, mask=in_sequence, other=float("inf")) * LOG2_E
-    delta = tl.load(delta_ptr + token * heads + head, mask=in_sequence, other=0.0)
+    q = load_rows(q_ptr + kv_head * GROUP * q_head, token, head, q_token, q_head, in_sequence, HEAD_DIM, WIDTH)
+    do = load_rows(do_ptr + kv_head * GROUP * do_head, token, head, do_token, do_head, in_sequence, HEAD_DIM, WIDTH)
+    token_head = kv_head * GROUP + token * heads + head
+    lse = tl.load(lse_ptr + token_head, mask=in_sequence, other=float("inf")) * LOG2_E
+    delta = tl.load(delta_ptr + token_head, mask=in_sequence, other=0.0)
     dq = tl.zeros([ROWS, WIDTH], tl.float32)
     start, end = tl.min(own_start, 0), tl.max(tl.where(in_sequence, key_row + 1, 0), 0)
     k_ptr += kv_head * k_head
@@ -267,15 +270,16 @@ def own_block_queries_kernel(
             q, do, k_ptr, v_ptr, k_token, v_token, lse, delta, start, end, own_start, key_row, scale_log2, dq,
             HEAD_DIM, WIDTH, KEYS, STAGES,
         )  # fmt: skip
-    dq = dq * scale
     partial_ptr += slice_head * partial_head
+    selected_ptr += token_head * SLOTS
     for slot in tl.range(0, SLOTS, num_stages=2):
-        block = tl.load(selected_ptr + (token * heads + head) * SLOTS + slot, mask=taken, other=-1)
+        block = tl.load(selected_ptr + slot, mask=taken, other=-1)
         entry = row.to(tl.int64) * SLOTS + slot
         partial_mask = (block >= 0)[:, None] & (d < HEAD_DIM)[None, :]
         dq += tl.load(partial_ptr + entry[:, None] * HEAD_DIM + d[None, :], mask=partial_mask, other=0.0).to(tl.float32)
-    out = (token * dq_token + head * dq_head)[:, None] + d[None, :]
-    tl.store(dq_ptr + out, dq.to(dq_ptr.dtype.element_ty), mask=row_mask)
+    out = (kv_head * GROUP * dq_head + token * dq_token + head * dq_head)[:, None] + d[None, :]
+    out_mask = taken[:, None] & (d < HEAD_DIM)[None, :]
+    tl.store(dq_ptr + out, (dq * scale).to(dq_ptr.dtype.element_ty), mask=out_mask)
 
 
 @triton.jit

@@ -15,11 +15,9 @@ import triton.language as tl
 from ..blocks import BlockLayout
 from .bucket_sort import bucket_tiles, sort_by_block, sort_bytes
 from .forward_settings import ForwardSettings
+from .primitives import LN_2, LOG2_E, load_rows, token_and_head
 from .tuned_tiles import Tile
 from .workspace import head_passes, token_passes
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit(do_not_specialize=["entries_head", "first_token", "first_kv_head", "max_tiles"])
@@ -51,28 +49,27 @@ def past_block_kernel(
     key_mask = (within < BLOCK_SIZE)[:, None] & (d < HEAD_DIM)[None, :]
     k = tl.load(k_ptr + key * k_token + kv_head * k_head + d[None, :], mask=key_mask, other=0.0)
     v = tl.load(v_ptr + key * v_token + kv_head * v_head + d[None, :], mask=key_mask, other=0.0)
+    q_ptr += kv_head * GROUP * q_head
     entries_ptr += slice_head * entries_head
     partial_ptr += slice_head * partial_head * HEAD_DIM
     partial_lse_ptr += slice_head * partial_head
     for first in tl.range(begin, end, ROWS, num_stages=STAGES):
         taken = first + tl.arange(0, ROWS) < end
         entry = tl.load(entries_ptr + first + tl.arange(0, ROWS), mask=taken, other=0)
-        row = entry // SLOTS
-        token, head = (first_token + row // GROUP).to(tl.int64), kv_head * GROUP + row % GROUP
-        row_mask = taken[:, None] & (d < HEAD_DIM)[None, :]
-        q = tl.load(q_ptr + (token * q_token + head * q_head)[:, None] + d[None, :], mask=row_mask, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        token, head = token_and_head(entry // SLOTS, first_token, GROUP)
+        q = load_rows(q_ptr, token, head, q_token, q_head, taken, HEAD_DIM, WIDTH)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if BLOCK_SIZE < KEYS:
             scores = tl.where((within < BLOCK_SIZE)[None, :], scores, float("-inf"))
-        high = tl.max(scores, 1)
-        p = tl.math.exp2(scores - high[:, None])
+        high = tl.max(scores, 1) * scale_log2  # the scale is positive; scaled here, the rest is one multiply-add each
+        p = tl.math.exp2(scores * scale_log2 - high[:, None])
         total = tl.sum(p, 1)
-        output = tl.dot(p.to(v.dtype), v, input_precision="ieee") / total[:, None]
+        output = tl.dot(p.to(v.dtype), v, input_precision="ieee") * (1.0 / total)[:, None]
         entry64 = entry.to(tl.int64)
         tl.store(
             partial_ptr + entry64[:, None] * HEAD_DIM + d[None, :],
             output.to(partial_ptr.dtype.element_ty),
-            mask=row_mask,
+            mask=taken[:, None] & (d < HEAD_DIM)[None, :],
         )
         tl.store(partial_lse_ptr + entry64, high + tl.math.log2(total), mask=taken)
 
@@ -99,10 +96,8 @@ def large_past_block_kernel(
     position = tl.load(begin_ptr + tile) + tl.arange(0, ROWS)
     taken = position < tl.load(end_ptr + tile)
     entry = tl.load(entries_ptr + slice_head * entries_head + position, mask=taken, other=0)
-    row = entry // SLOTS
-    token, head = (first_token + row // GROUP).to(tl.int64), kv_head * GROUP + row % GROUP
-    row_mask = taken[:, None] & (d < HEAD_DIM)[None, :]
-    q = tl.load(q_ptr + (token * q_token + head * q_head)[:, None] + d[None, :], mask=row_mask, other=0.0)
+    token, head = token_and_head(entry // SLOTS, first_token, GROUP)
+    q = load_rows(q_ptr + kv_head * GROUP * q_head, token, head, q_token, q_head, taken, HEAD_DIM, WIDTH)
     block_start = tl.load(block_start_ptr + bucket).to(tl.int64)
     k_ptr += block_start * k_token + kv_head * k_head
     v_ptr += block_start * v_token + kv_head * v_head
@@ -114,19 +109,21 @@ def large_past_block_kernel(
         key_mask = (key < BLOCK_SIZE)[:, None] & (d < HEAD_DIM)[None, :]
         k = tl.load(k_ptr + key[:, None] * k_token + d[None, :], mask=key_mask, other=0.0)
         v = tl.load(v_ptr + key[:, None] * v_token + d[None, :], mask=key_mask, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if BLOCK_SIZE % KEYS != 0:
             scores = tl.where((key < BLOCK_SIZE)[None, :], scores, float("-inf"))
-        higher = tl.maximum(high, tl.max(scores, 1))
-        p = tl.math.exp2(scores - higher[:, None])
+        higher = tl.maximum(high, tl.max(scores, 1) * scale_log2)
+        p = tl.math.exp2(scores * scale_log2 - higher[:, None])
         shrink = tl.math.exp2(high - higher)
         total = total * shrink + tl.sum(p, 1)
         output = tl.dot(p.to(v.dtype), v, output * shrink[:, None], input_precision="ieee")
         high = higher
-    output = output / total[:, None]
+    output = output * (1.0 / total)[:, None]
     entry64 = slice_head * partial_head + entry.to(tl.int64)
     tl.store(
-        partial_ptr + entry64[:, None] * HEAD_DIM + d[None, :], output.to(partial_ptr.dtype.element_ty), mask=row_mask
+        partial_ptr + entry64[:, None] * HEAD_DIM + d[None, :],
+        output.to(partial_ptr.dtype.element_ty),
+        mask=taken[:, None] & (d < HEAD_DIM)[None, :],
     )
     tl.store(partial_lse_ptr + entry64, high + tl.math.log2(total), mask=taken)
 
@@ -152,10 +149,9 @@ def own_block_merge_kernel(
     kv_head = (first_kv_head + tl.program_id(1)).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     taken = row < (end_token - first_token) * GROUP
-    token, head = (first_token + row // GROUP).to(tl.int64), kv_head * GROUP + row % GROUP
+    token, head = token_and_head(row, first_token, GROUP)
     d = tl.arange(0, WIDTH)
-    row_mask = taken[:, None] & (d < HEAD_DIM)[None, :]
-    q = tl.load(q_ptr + (token * q_token + head * q_head)[:, None] + d[None, :], mask=row_mask, other=0.0)
+    q = load_rows(q_ptr + kv_head * GROUP * q_head, token, head, q_token, q_head, taken, HEAD_DIM, WIDTH)
     own_start = tl.load(own_start_ptr + token, mask=taken, other=total_k)
     key_row = tl.load(key_row_ptr + token, mask=taken, other=-1)
     k_ptr += kv_head * k_head
@@ -177,9 +173,11 @@ def own_block_merge_kernel(
             q, k_ptr, v_ptr, k_token, v_token, start, last, own_start, key_row, scale_log2, high, total, output,
             HEAD_DIM, WIDTH, KEYS, STAGES,
         )  # fmt: skip
+    out = kv_head * GROUP + token * heads + head
+    selected_ptr += out * SLOTS
     entry = slice_head * partial_head + row.to(tl.int64) * SLOTS
     for slot in tl.range(0, SLOTS, num_stages=2):  # unrolled, the loads of all slots would spill
-        block = tl.load(selected_ptr + (token * heads + head) * SLOTS + slot, mask=taken, other=-1)
+        block = tl.load(selected_ptr + slot, mask=taken, other=-1)
         some = block >= 0
         partial_lse = tl.load(partial_lse_ptr + entry + slot, mask=some, other=float("-inf"))
         partial_mask = some[:, None] & (d < HEAD_DIM)[None, :]
@@ -191,10 +189,10 @@ def own_block_merge_kernel(
         output = output * shrink[:, None] + partial.to(tl.float32) * weight[:, None]
         high = higher
     empty = total == 0.0
-    output = output / tl.where(empty, 1.0, total)[:, None]
+    output = output * (1.0 / tl.where(empty, 1.0, total))[:, None]
     lse = tl.where(empty, float("-inf"), high + tl.math.log2(tl.where(empty, 1.0, total)))
-    out = token * heads + head
-    tl.store(output_ptr + out[:, None] * HEAD_DIM + d[None, :], output.to(output_ptr.dtype.element_ty), mask=row_mask)
+    out_mask = taken[:, None] & (d < HEAD_DIM)[None, :]
+    tl.store(output_ptr + out[:, None] * HEAD_DIM + d[None, :], output.to(output_ptr.dtype.element_ty), mask=out_mask)
     tl.store(lse_ptr + out, lse * LN_2, mask=taken)
 
 
@@ -215,10 +213,10 @@ def _attend_range(
         k = tl.load(k_ptr + key64 * k_token + d[None, :], mask=key_mask, other=0.0)
         v = tl.load(v_ptr + key64 * v_token + d[None, :], mask=key_mask, other=0.0)
         visible = (own_start[:, None] <= key[None, :]) & (key[None, :] <= key_row[:, None])
-        scores = tl.where(visible, tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2, float("-inf"))
-        higher = tl.maximum(high, tl.max(scores, 1))
+        scores = tl.where(visible, tl.dot(q, tl.trans(k), input_precision="ieee"), float("-inf"))
+        higher = tl.maximum(high, tl.max(scores, 1) * scale_log2)
         finite = tl.where(higher == float("-inf"), 0.0, higher)
-        p = tl.math.exp2(scores - finite[:, None])
+        p = tl.math.exp2(scores * scale_log2 - finite[:, None])
         shrink = tl.math.exp2(high - finite)
         total = total * shrink + tl.sum(p, 1)
         output = tl.dot(p.to(v.dtype), v, output * shrink[:, None], input_precision="ieee")

@@ -1,0 +1,24 @@
+"""Tile operations that several kernels share."""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def token_and_head(row, first_token, GROUP: tl.constexpr):
+    """The token of each row, int64, and its head within the group of the KV head; rows as in `bucket_sort`."""
+    return (first_token + row // GROUP).to(tl.int64), row % GROUP
+
+
+@triton.jit
+def load_rows(ptr, token, head, token_stride, head_stride, taken, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """[rows, WIDTH] of a tensor [tokens, heads, HEAD_DIM] whose rows are HEAD_DIM neighbours; 0 where not taken.
+
+    ptr points to the first head of the group: what all rows have in common is added once, not to every address.
+    """
+    d = tl.arange(0, WIDTH)
+    offset = token * token_stride + head * head_stride
+    return tl.load(ptr + offset[:, None] + d[None, :], mask=taken[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
