@@ -270,12 +270,18 @@ def test_lse_and_determinism(deterministic):
 @pytest.mark.parametrize("beyond", [0, 6])
 def test_block_layout(lengths, beyond):
     """The kernels' integers are those of the PyTorch version, also for rows past the last sequence."""
-    from moba_hf.ops.kernels.block_layout import block_layout
+    from moba_hf.ops.kernels.block_layout import block_layout, own_queries
 
     where = (cu(lengths[0]), cu(lengths[1]), sum(lengths[0]) + beyond, sum(lengths[1]) + beyond, 4)
     ours, expected = block_layout(*where), BlockLayout.build(*where)
     for field in fields(BlockLayout):
         assert torch.equal(getattr(ours, field.name), getattr(expected, field.name)), field.name
+    for keys in (1, 8):
+        rows = torch.arange(0, where[3], keys, dtype=torch.int32)[:, None]
+        meets = (ours.own_start < (rows + keys).clamp(max=where[3])) & (ours.key_row >= rows)
+        first, end = own_queries(ours.own_start, ours.key_row, where[3], keys)
+        assert torch.equal(end - first, meets.sum(1).int())
+        assert all(hit[begin:stop].all() for hit, begin, stop in zip(meets, first, end))
 
 
 @inside

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from .backward_settings import BackwardSettings
+from .block_layout import own_queries
 from .bucket_sort import bucket_tiles, sort_by_block, sort_bytes
 from .tuned_tiles import Tile
 from .workspace import head_passes, token_passes
@@ -371,12 +372,9 @@ def prepare(
 def own_block_keys(call: Backward, kv_heads: range, grad_key: torch.Tensor, grad_value: torch.Tensor) -> None:
     """Write the own blocks' part of dK and dV: float32 [kv heads of the pass, total_k, head_dim], every element."""
     tile, total_k = call.settings.own_keys, call.key.shape[0]
-    first_key = torch.arange(0, total_k, tile.keys, dtype=torch.int32, device=call.key.device)
-    # both rows rise with the query, so the queries that attend a tile of keys are a range
-    first_query = torch.searchsorted(call.key_row, first_key, out_int32=True)
-    end_query = torch.searchsorted(call.own_start, (first_key + tile.keys).clamp(max=total_k), out_int32=True)
-    own_block_keys_kernel[(first_key.shape[0], len(kv_heads))](
-        *call.tensors(), call.own_start, call.key_row, first_query, end_query, grad_key, grad_value,
+    queries = own_queries(call.own_start, call.key_row, total_k, tile.keys)
+    own_block_keys_kernel[(queries.shape[1], len(kv_heads))](
+        *call.tensors(), call.own_start, call.key_row, *queries.unbind(), grad_key, grad_value,
         *call.strides(), grad_key.stride(1), grad_key.stride(0), kv_heads.start, total_k, call.query.shape[1],
         **call.scales(), **call.shapes(tile),
     )  # fmt: skip

@@ -44,6 +44,22 @@ def layout_kernel(
     tl.store(block_start_ptr + block, tl.where(used, start, total_k), mask=block < n_blocks)
 
 
+@triton.jit(do_not_specialize=["rows", "total_k", "tiles"])
+def key_tile_kernel(
+    own_start_ptr, key_row_ptr, first_query_ptr, end_query_ptr, rows, total_k, tiles,
+    KEYS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Which queries attend TILES tiles of KEYS keys as their own block's.
+
+    Program i owns the tiles i · TILES … of the packed keys, and bisects for each. own_start, key_row: int32 [rows],
+    `BlockLayout`'s, both rising; first_query, end_query: int32 [tiles], every element written once.
+    """
+    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    last_key = tl.minimum(tile * KEYS + KEYS, total_k) - 1
+    tl.store(first_query_ptr + tile, _bisect(key_row_ptr, tile * KEYS - 1, rows, TILES), mask=tile < tiles)
+    tl.store(end_query_ptr + tile, _bisect(own_start_ptr, last_key, rows, TILES), mask=tile < tiles)
+
+
 @triton.jit
 def _span(ends_ptr, sequence, mask):
     """First row of each sequence, and the one after its last; 0 where masked."""
@@ -80,3 +96,14 @@ def block_layout(
             sequences, total_q, n_blocks, total_k, block_size, ROWS=_ROWS,
         )  # fmt: skip
     return layout
+
+
+def own_queries(own_start: torch.Tensor, key_row: torch.Tensor, total_k: int, keys: int) -> torch.Tensor:
+    """int32 [2, tiles]: for each tile of `keys` packed keys, the first query whose own block meets it, and the end."""
+    tiles = triton.cdiv(total_k, keys)
+    queries = torch.empty((2, tiles), dtype=torch.int32, device=own_start.device)
+    if tiles:
+        key_tile_kernel[(triton.cdiv(tiles, _ROWS),)](
+            own_start, key_row, *queries.unbind(), own_start.shape[0], total_k, tiles, KEYS=keys, TILES=_ROWS
+        )
+    return queries
