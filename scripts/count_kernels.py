@@ -22,11 +22,11 @@ from moba_hf.ops.engines import triton as engine
 from moba_hf.planner import Work, moba_counts
 
 STAGES = {
-    "gate": ("query_layout_kernel", "block_start_kernel", "block_means_kernel", "gate_kernel"),
+    "gate": ("layout_kernel", "block_means_kernel", "gate_kernel"),
     "forward": ("past_block_kernel", "large_past_block_kernel", "own_block_merge_kernel"),
-    "backward": ("delta_kernel", "own_block_keys_kernel", "past_block_keys_kernel", "past_block_queries_kernel",
-                 "own_block_queries_kernel"),
-    "sort": ("count_kernel", "scatter_kernel"),
+    "backward": ("delta_kernel", "key_tile_kernel", "own_block_keys_kernel", "past_block_keys_kernel",
+                 "past_block_queries_kernel", "own_block_queries_kernel"),
+    "sort": ("count_kernel", "scatter_kernel", "tile_kernel"),
 }  # fmt: skip
 
 

@@ -10,6 +10,8 @@ than there are blocks. float32 and float16; bfloat16 cannot be tested here (the 
 has its tests in test_gpu.py.
 """
 
+from dataclasses import fields
+
 import pytest
 import torch
 from interpreter import INTERPRETED, run_in_the_interpreter
@@ -183,11 +185,10 @@ def last_two_tokens(monkeypatch, query, key, value, selected):
     layout = BlockLayout.build(cu([total]), cu([total]), total, total, 64)
     call = (selected, layout, 64, 0.25, forward_settings(*shape), False)
     output, lse = attention_forward.forward_pass(query, key, value, *call)
-    position, total_k = layout.query_position, key.shape[0]
-    where = (selected, position - position % 64, position, layout.block_start, 64, 0.25, backward_settings(*shape))
+    where = (selected, layout.own_start, layout.key_row, layout.block_start, 64, 0.25, backward_settings(*shape))
     backward = attention_backward.Backward(query, key, value, query, lse, lse, *where)
     dq = torch.empty_like(query)
-    sums = [torch.zeros(key.shape[1], total_k, query.shape[2]) for _ in "kv"]
+    sums = [torch.zeros(key.shape[1], key.shape[0], query.shape[2]) for _ in "kv"]
     attention_backward._query_pass(backward, layout, last, range(key.shape[1]), sums, dq, False)
     return output[-2:], lse[-2:], dq[-2:], *sums
 
@@ -255,20 +256,32 @@ def test_lse_and_determinism(deterministic):
 
 @inside
 @pytest.mark.parametrize(
-    "lengths", [([5, 0, 7], [20, 3, 7]), ([0], [0]), ([40], [40]), ([1] * 30, [4] * 30), ([3, 2], [10, 2])]
+    "lengths",
+    [
+        ([5, 0, 7], [20, 3, 7]),
+        ([0], [0]),
+        ([40], [40]),
+        ([1] * 30, [4] * 30),
+        ([3, 2], [10, 2]),
+        ([0, 1] * 900, [5, 1] * 900),
+    ],
+    ids=lambda lengths: f"{len(lengths[0])} sequences, {sum(lengths[0])} queries",
 )
 @pytest.mark.parametrize("beyond", [0, 6])
 def test_block_layout(lengths, beyond):
-    """The kernel's integers are those of the PyTorch version, also for rows past the last sequence."""
-    from moba_hf.ops.kernels.block_layout import block_layout
+    """The kernels' integers are those of the PyTorch version, also for rows past the last sequence."""
+    from moba_hf.ops.kernels.block_layout import block_layout, own_queries
 
     where = (cu(lengths[0]), cu(lengths[1]), sum(lengths[0]) + beyond, sum(lengths[1]) + beyond, 4)
     ours, expected = block_layout(*where), BlockLayout.build(*where)
-    assert torch.equal(ours.query_position, expected.query_position)
-    assert torch.equal(ours.block_start, expected.block_start)
-    known = expected.query_position >= 0
-    for name in ("key_start", "first_block"):
-        assert torch.equal(getattr(ours, name)[known], getattr(expected, name)[known])
+    for field in fields(BlockLayout):
+        assert torch.equal(getattr(ours, field.name), getattr(expected, field.name)), field.name
+    for keys in (1, 8):
+        rows = torch.arange(0, where[3], keys, dtype=torch.int32)[:, None]
+        meets = (ours.own_start < (rows + keys).clamp(max=where[3])) & (ours.key_row >= rows)
+        first, end = own_queries(ours.own_start, ours.key_row, where[3], keys)
+        assert torch.equal(end - first, meets.sum(1).int())
+        assert all(hit[begin:stop].all() for hit, begin, stop in zip(meets, first, end))
 
 
 @inside

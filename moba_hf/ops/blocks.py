@@ -72,21 +72,23 @@ def merge_uniform_spans(spans: list[Span]) -> list[tuple[Span, int]]:
 class BlockLayout:
     """Device-side geometry of a packed batch, built without a host sync; shapes depend on input shapes only.
 
-    Only *complete* blocks can be past blocks, so they alone are numbered: block j of a sequence whose first complete
-    block has number f is global block f + j. A batch has at most total_k // block_size of them, however many
-    sequences it holds.
+    Only *complete* blocks can be past blocks, so they alone are numbered: block j of a sequence whose keys begin at row
+    r is global block r // block_size + j, which no other sequence's can be. However many sequences a batch holds, these
+    numbers are below total_k // block_size; between two sequences a number may be unused.
 
     query_position: int32 [total_q], position of each query within its sequence; −1 for rows past the last sequence.
-    key_start:      int32 [total_q], row of the first key of the query's sequence.
-    first_block:    int32 [total_q], global number of the first complete block of the query's sequence.
+    own_start:      int32 [total_q], row of the first key of the query's own block; total_k past the last sequence.
+    key_row:        int32 [total_q], row of the query's own key, the last it attends; total_k past the last sequence.
+    first_block:    int32 [total_q], global number of the first complete block of the query's sequence; 0 past the last.
     block_start:    int32 [total_k // block_size], row of the first key of each complete block; total_k where unused.
 
-    The query at position p owns the keys from key_start + p // block_size · block_size on, and its candidates are the
-    global blocks first_block … first_block + p // block_size − 1.
+    own_start and key_row rise with the query. The candidates of the query at position p are the global blocks
+    first_block … first_block + p // block_size − 1.
     """
 
     query_position: torch.Tensor
-    key_start: torch.Tensor
+    own_start: torch.Tensor
+    key_row: torch.Tensor
     first_block: torch.Tensor
     block_start: torch.Tensor
 
@@ -104,19 +106,20 @@ class BlockLayout:
         inside = sequence < q_start.shape[0]
         sequence = sequence.clamp(max=q_start.shape[0] - 1)
 
-        complete = (cu_seqlens_k[1:] - k_start) // block_size
-        last_block = complete.cumsum(0, dtype=torch.int32)
-        first_block = last_block - complete
-
+        first_block = k_start // block_size
         block = torch.arange(total_k // block_size, dtype=torch.int32, device=device)
-        owner = torch.searchsorted(last_block, block, right=True)
-        used = owner < k_start.shape[0]
+        owner = torch.searchsorted(cu_seqlens_k[1:] // block_size, block, right=True)
         owner = owner.clamp(max=k_start.shape[0] - 1)
         block_start = k_start[owner] + (block - first_block[owner]) * block_size
+        used = block_start + block_size <= cu_seqlens_k[1:][owner]
+
+        position = row - q_start[sequence] + offset[sequence]
+        key_row = k_start[sequence] + position
 
         return cls(
-            query_position=torch.where(inside, row - q_start[sequence] + offset[sequence], -1).int(),
-            key_start=torch.where(inside, k_start[sequence], 0).int(),
+            query_position=torch.where(inside, position, -1).int(),
+            own_start=torch.where(inside, key_row - position % block_size, total_k).int(),
+            key_row=torch.where(inside, key_row, total_k).int(),
             first_block=torch.where(inside, first_block[sequence], 0).int(),
             block_start=torch.where(used, block_start, total_k).int(),
         )

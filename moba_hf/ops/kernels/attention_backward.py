@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from .backward_settings import BackwardSettings
+from .block_layout import own_queries
 from .bucket_sort import bucket_tiles, sort_by_block, sort_bytes
 from .primitives import LOG2_E, load_rows, token_and_head
 from .tuned_tiles import Tile
@@ -311,9 +312,8 @@ class Backward:
     """What every launch of one backward pass shares; build it with `prepare`.
 
     query, grad_output: [total_q, heads, head_dim]; key, value: [total_k, kv_heads, head_dim]; last stride 1.
-    lse, delta: float32 [total_q, heads], contiguous. own_start, key_row: int32 [total_q], the packed rows of the first
-    and the last key a query attends in its own block, that is its own key; total_k for rows of no sequence.
-    selected_blocks: int32 [total_q, heads, slots], contiguous; block_start: `BlockLayout`'s.
+    lse, delta: float32 [total_q, heads], contiguous. selected_blocks: int32 [total_q, heads, slots], contiguous.
+    own_start, key_row, block_start: `BlockLayout`'s.
     """
 
     query: torch.Tensor
@@ -356,7 +356,7 @@ class Backward:
 def prepare(
     grad_output, query, key, value, output, lse, selected_blocks, layout, block_size, scale, settings
 ) -> Backward:
-    """Everything that depends neither on the KV heads nor on the queries of a pass: δ and the own blocks' bounds."""
+    """Everything that depends neither on the KV heads nor on the queries of a pass: δ."""
     if grad_output.stride(2) != 1:
         grad_output = grad_output.contiguous()
     tokens, heads, head_dim = query.shape
@@ -367,26 +367,18 @@ def prepare(
         grad_output, output, delta, *grad_output.stride()[:2], *output.stride()[:2], tokens * heads, heads,
         HEAD_DIM=head_dim, WIDTH=width, ROWS=rows,
     )  # fmt: skip
-    position = layout.query_position
-    key_row = layout.key_start + position
-    inside, total_k = position >= 0, key.shape[0]
     return Backward(
         query, key, value, grad_output, lse.contiguous(), delta, selected_blocks.contiguous(),
-        torch.where(inside, key_row - position % block_size, total_k),
-        torch.where(inside, key_row, total_k),
-        layout.block_start, block_size, scale, settings,
+        layout.own_start, layout.key_row, layout.block_start, block_size, scale, settings,
     )  # fmt: skip
 
 
 def own_block_keys(call: Backward, kv_heads: range, grad_key: torch.Tensor, grad_value: torch.Tensor) -> None:
     """Write the own blocks' part of dK and dV: float32 [kv heads of the pass, total_k, head_dim], every element."""
     tile, total_k = call.settings.own_keys, call.key.shape[0]
-    first_key = torch.arange(0, total_k, tile.keys, dtype=torch.int32, device=call.key.device)
-    # both rows rise with the query, so the queries that attend a tile of keys are a range
-    first_query = torch.searchsorted(call.key_row, first_key, out_int32=True)
-    end_query = torch.searchsorted(call.own_start, (first_key + tile.keys).clamp(max=total_k), out_int32=True)
-    own_block_keys_kernel[(first_key.shape[0], len(kv_heads))](
-        *call.tensors(), call.own_start, call.key_row, first_query, end_query, grad_key, grad_value,
+    queries = own_queries(call.own_start, call.key_row, total_k, tile.keys)
+    own_block_keys_kernel[(queries.shape[1], len(kv_heads))](
+        *call.tensors(), call.own_start, call.key_row, *queries.unbind(), grad_key, grad_value,
         *call.strides(), grad_key.stride(1), grad_key.stride(0), kv_heads.start, total_k, call.query.shape[1],
         **call.scales(), **call.shapes(tile),
     )  # fmt: skip
@@ -477,7 +469,7 @@ def _past_blocks(call: Backward, layout, tokens, kv_heads, partials, grad_key, g
     buckets = sort_by_block(
         call.selected_blocks, layout, tokens, kv_heads, call.key.shape[1], n_blocks, deterministic
     )  # fmt: skip
-    rows = buckets.entries.shape[1] if deterministic else settings.rows_per_program
+    rows = buckets.most if deterministic else settings.rows_per_program
     tiles = bucket_tiles(buckets, rows)
     past_block_keys(call, buckets, tiles, tokens, kv_heads, partials, grad_key, grad_value, deterministic)
     if not settings.fused:

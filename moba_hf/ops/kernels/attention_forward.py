@@ -139,11 +139,11 @@ def own_block_merge_kernel(
     """The own block, causal (step 3), and the partials of the selected blocks merged into it (steps 4 and 5).
 
     Program (i, h) owns ROWS rows of KV head first_kv_head + h. q, output: [total_q, heads, HEAD_DIM], output
-    contiguous; k, v: [total_k, kv_heads, HEAD_DIM]; own_start, key_row: int32 [total_q], first and last key row of the
-    own block's part, total_k and −1 for rows of no sequence; selected: int32 [total_q, heads, SLOTS], −1 where there is
-    no block, whose partial was never written; partial, partial_lse: as in `past_block_kernel`; lse: float32 [total_q,
-    heads], natural logarithm. Every row of the range is written once. CHUNKS: queries are fewer than keys, so rows of
-    several sequences may lie far apart: one own block after the other, rather than all keys from first to last.
+    contiguous; k, v: [total_k, kv_heads, HEAD_DIM]; own_start, key_row: int32 [total_q], `BlockLayout`'s; selected:
+    int32 [total_q, heads, SLOTS], −1 where there is no block, whose partial was never written; partial, partial_lse: as
+    in `past_block_kernel`; lse: float32 [total_q, heads], natural logarithm. Every row of the range is written once.
+    CHUNKS: queries are fewer than keys, so rows of several sequences may lie far apart: one own block after the other,
+    rather than all keys from first to last.
     """
     slice_head = tl.program_id(1).to(tl.int64)
     kv_head = (first_kv_head + tl.program_id(1)).to(tl.int64)
@@ -154,6 +154,7 @@ def own_block_merge_kernel(
     q = load_rows(q_ptr + kv_head * GROUP * q_head, token, head, q_token, q_head, taken, HEAD_DIM, WIDTH)
     own_start = tl.load(own_start_ptr + token, mask=taken, other=total_k)
     key_row = tl.load(key_row_ptr + token, mask=taken, other=-1)
+    key_row = tl.where(own_start < total_k, key_row, -1)  # a row of no sequence reads no key
     k_ptr += kv_head * k_head
     v_ptr += kv_head * v_head
     high = tl.full([ROWS], float("-inf"), tl.float32)
@@ -232,16 +233,13 @@ class Forward:
     """What every launch of one forward pass shares.
 
     query: [total_q, heads, head_dim]; key, value: [total_k, kv_heads, head_dim]; last stride 1. selected_blocks: int32
-    [total_q, heads, slots], contiguous. own_start, key_row: int32 [total_q], first and last key row of each query's own
-    block; total_k and −1 for rows of no sequence. layout: `BlockLayout`.
+    [total_q, heads, slots], contiguous.
     """
 
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
     selected_blocks: torch.Tensor
-    own_start: torch.Tensor
-    key_row: torch.Tensor
     layout: BlockLayout
     block_size: int
     scale: float
@@ -268,18 +266,6 @@ class Forward:
         }
 
 
-def prepare(query, key, value, selected_blocks, layout, block_size, scale, settings) -> Forward:
-    """Everything that depends neither on the KV heads nor on the queries of a pass."""
-    position = layout.query_position
-    key_row = layout.key_start + position
-    inside = position >= 0
-    return Forward(
-        query, key, value, selected_blocks.contiguous(),
-        torch.where(inside, key_row - position % block_size, key.shape[0]), torch.where(inside, key_row, -1),
-        layout, block_size, scale, settings,
-    )  # fmt: skip
-
-
 def past_blocks(call: Forward, buckets, tokens: range, kv_heads: range, partial, partial_lse) -> None:
     """Write the partial output [kv heads of the pass, entries, head_dim] and LSE of every entry of `buckets`."""
     tile = call.settings.past
@@ -299,8 +285,8 @@ def own_block_merge(call: Forward, tokens: range, kv_heads: range, partial, part
     if chunks:  # the loop over own blocks takes registers: 48 spilled with 128 rows on sm_90
         tile = replace(tile, rows=min(tile.rows, 64))
     own_block_merge_kernel[(triton.cdiv(len(tokens) * group, tile.rows), len(kv_heads))](
-        *call.tensors(), call.own_start, call.key_row, call.selected_blocks, partial, partial_lse, output, lse,
-        *call.strides(), partial.shape[1], tokens.start, tokens.stop, kv_heads.start, call.key.shape[0],
+        *call.tensors(), call.layout.own_start, call.layout.key_row, call.selected_blocks, partial, partial_lse,
+        output, lse, *call.strides(), partial.shape[1], tokens.start, tokens.stop, kv_heads.start, call.key.shape[0],
         call.query.shape[1], call.scale * LOG2_E.value, CHUNKS=chunks, **call.shapes(tile),
     )  # fmt: skip
 
@@ -310,7 +296,7 @@ def own_block_merge(call: Forward, tokens: range, kv_heads: range, partial, part
 
 def forward_pass(query, key, value, selected_blocks, layout, block_size, scale, settings, deterministic):
     """(output, lse) of the engine contract, in passes over KV heads and queries that keep the partials bounded."""
-    call = prepare(query, key, value, selected_blocks, layout, block_size, scale, settings)
+    call = Forward(query, key, value, selected_blocks.contiguous(), layout, block_size, scale, settings)
     total_q, heads, head_dim = query.shape
     kv_heads, n_blocks = key.shape[1], layout.block_start.shape[0]
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)

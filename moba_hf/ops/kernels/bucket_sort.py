@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 _TILE = 4096  # entries a program counts at a time
+_TILES = 256  # tiles a program cuts
 _COUNTERS_PER_ENTRY = 4  # at most, about: tiny blocks would otherwise need more memory for counters than for results
 
 _STABLE_SORT_BYTES = 40  # keys int32 as made, in order and sorted, places int64 and int32, what PyTorch's sort takes
@@ -22,12 +23,15 @@ _STABLE_SORT_BYTES = 40  # keys int32 as made, in order and sorted, places int64
 class Buckets:
     """Entries sorted by global block, for some KV heads and queries.
 
-    entries: int32 [kv heads of the pass, max_entries], meaningful up to offsets[:, −1].
-    offsets: int32 [kv heads of the pass, n_blocks + 1], where each block's entries begin.
+    entries: int32 [kv heads of the pass, places]; a head's are those of places offsets[h, 0] … offsets[h, −1] − 1. The
+        rows may be one row that all heads share, each with places of its own.
+    offsets: int32 [kv heads of the pass, n_blocks + 1], any strides: the place where each block's entries begin.
+    most: entries of one head, at most.
     """
 
     entries: torch.Tensor
     offsets: torch.Tensor
+    most: int
 
 
 @triton.jit(do_not_specialize=["n_entries", "n_blocks", "n_chunks", "chunk_tiles", "first_token", "first_kv_head"])
@@ -59,8 +63,8 @@ def scatter_kernel(
 ):  # fmt: skip
     """Put each entry into its bucket. Chunks stay in order; the order within a chunk is not defined.
 
-    Programs and pointers as in `count_kernel`; ends: int32, the inclusive running sum of counts, used up on the way;
-    entries: int32 [kv heads of the pass, n_entries], written where a block was chosen.
+    Programs and pointers as in `count_kernel`; ends: int32, the inclusive running sum of counts over all heads, counted
+    down on the way to the exclusive one; entries: int32 [places], of which the entries that chose a block are written.
     """
     chunk, slice_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     for tile in range(0, chunk_tiles):
@@ -71,7 +75,49 @@ def scatter_kernel(
         )  # fmt: skip
         counter = (slice_head * n_blocks + block) * n_chunks + chunk
         place = tl.atomic_add(ends_ptr + counter, -1, mask=block >= 0, sem="relaxed") - 1
-        tl.store(entries_ptr + slice_head * n_entries + place, entry, mask=block >= 0)
+        tl.store(entries_ptr + place, entry, mask=block >= 0)
+
+
+@triton.jit(do_not_specialize=["offsets_head", "offsets_block", "n_blocks", "max_tiles", "rows_per_tile"])
+def tile_kernel(
+    offsets_ptr, bucket_ptr, begin_ptr, end_ptr, offsets_head, offsets_block, n_blocks, max_tiles, rows_per_tile,
+    BY_PLACE: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Cut the buckets of one KV head into tiles of at most rows_per_tile entries; see `bucket_tiles`.
+
+    Program (i, h) owns tiles i · TILES … of head h of the pass; each finds its bucket by bisection. offsets: int32
+    [kv heads of the pass, n_blocks + 1] with strides offsets_head and offsets_block; bucket, begin, end: int32
+    [kv heads of the pass, max_tiles], every element written once, bucket −1 where the tile is not used.
+    """
+    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    slice_head = tl.program_id(1).to(tl.int64)
+    offsets_ptr += slice_head * offsets_head
+    origin = tl.load(offsets_ptr)
+    low = tl.zeros([TILES], tl.int32)  # block 0 has tile 0: the last block whose first tile is not after this one
+    high = tl.zeros([TILES], tl.int32) + n_blocks
+    steps = n_blocks
+    while steps > 0:
+        middle = (low + high) // 2
+        open_ = middle > low
+        first = tl.load(offsets_ptr + middle.to(tl.int64) * offsets_block, mask=open_, other=0) - origin
+        if not BY_PLACE:
+            first = first // rows_per_tile + middle
+        low = tl.where(open_ & (first <= tile), middle, low)
+        high = tl.where(open_ & (first > tile), middle, high)
+        steps = steps // 2
+    bucket = low.to(tl.int64)
+    start = tl.load(offsets_ptr + bucket * offsets_block)
+    stop = tl.load(offsets_ptr + (bucket + 1) * offsets_block)
+    if BY_PLACE:
+        begin = origin + tile
+        used = (begin < stop) & ((begin - start) % rows_per_tile == 0)
+    else:
+        begin = start + (tile - (start - origin) // rows_per_tile - low) * rows_per_tile
+        used = begin < stop
+    out = slice_head * max_tiles + tile
+    tl.store(bucket_ptr + out, tl.where(used, low, -1), mask=tile < max_tiles)
+    tl.store(begin_ptr + out, begin, mask=tile < max_tiles)
+    tl.store(end_ptr + out, tl.minimum(begin + rows_per_tile, stop), mask=tile < max_tiles)
 
 
 @triton.jit
@@ -115,18 +161,19 @@ def sort_by_block(
     tiles = _chunk_tiles(n_blocks)
     n_chunks = triton.cdiv(n_entries, tiles * _TILE)
     device = selected_blocks.device
-    counts = torch.zeros((len(kv_heads), n_blocks * n_chunks), dtype=torch.int32, device=device)
+    # the last counter stays 0: after it, the running sum says where the last bucket ends
+    counts = torch.zeros(len(kv_heads) * n_blocks * n_chunks + 1, dtype=torch.int32, device=device)
+    entries = torch.empty(len(kv_heads) * n_entries, dtype=torch.int32, device=device)
     grid = (n_chunks, len(kv_heads))
     shape = (n_entries, n_blocks, n_chunks, tiles, tokens.start, kv_heads.start, heads)
     sizes = dict(GROUP=group, SLOTS=slots, TILE=_TILE)
     count_kernel[grid](selected_blocks, layout.first_block, counts, *shape, **sizes)
     # one long running sum, not one per head: PyTorch's scan of few long rows is ten times slower
-    ends = counts.flatten().cumsum(0, dtype=torch.int32).view_as(counts)
-    ends -= torch.nn.functional.pad(ends[:-1, -1:], (0, 0, 1, 0))
-    offsets = torch.nn.functional.pad(ends[:, n_chunks - 1 :: n_chunks], (1, 0))  # before `ends` is used up
-    entries = torch.empty((len(kv_heads), n_entries), dtype=torch.int32, device=device)
+    ends = counts.cumsum(0, dtype=torch.int32)
     scatter_kernel[grid](selected_blocks, layout.first_block, ends, entries, *shape, **sizes)
-    return Buckets(entries, offsets)
+    # counted down, each is where its bucket's entries of its chunk begin: those of chunk 0 are the offsets
+    offsets = ends.as_strided((len(kv_heads), n_blocks + 1), (n_blocks * n_chunks, n_chunks))
+    return Buckets(entries.expand(len(kv_heads), -1), offsets, n_entries)
 
 
 def _stable_sort(selected_blocks, layout, tokens, kv_heads, group, n_blocks) -> Buckets:
@@ -137,24 +184,22 @@ def _stable_sort(selected_blocks, layout, tokens, kv_heads, group, n_blocks) -> 
     sorted_block, entries = block.sort(dim=1, stable=True)
     edges = torch.arange(n_blocks + 1, dtype=torch.int32, device=block.device).expand(len(kv_heads), -1)
     offsets = torch.searchsorted(sorted_block, edges.contiguous(), out_int32=True)
-    return Buckets(entries.int(), offsets)
+    return Buckets(entries.int(), offsets, entries.shape[1])
 
 
 def bucket_tiles(buckets: Buckets, rows_per_tile: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Cut the buckets into tiles of at most `rows_per_tile` entries of one block.
 
     Returns (bucket, begin, end), int32 [kv heads, max_tiles] each; bucket is −1 where a tile is not used. max_tiles
-    follows from shapes: every bucket may end in a tile that is not full.
+    follows from shapes, and so does where a bucket's tiles lie, without a running sum of their numbers: with p entries
+    before it, bucket b takes the tiles from p // rows_per_tile + b on, of which the next bucket leaves it enough. Where
+    there are fewer entries than such tiles, a tile lies at the place of its first entry.
     """
-    offsets = buckets.offsets
-    tiles = (offsets.diff(dim=1) + rows_per_tile - 1) // rows_per_tile
-    last = tiles.cumsum(1, dtype=torch.int32)
-    n_blocks, max_entries = tiles.shape[1], buckets.entries.shape[1]
-    max_tiles = min(-(-max_entries // rows_per_tile) + n_blocks, max_entries)
-    tile = torch.arange(max_tiles, dtype=torch.int32, device=offsets.device).expand(len(offsets), -1).contiguous()
-    bucket = torch.searchsorted(last, tile, right=True)
-    used = bucket < n_blocks
-    bucket = bucket.clamp(max=n_blocks - 1)
-    begin = offsets.gather(1, bucket) + (tile - (last - tiles).gather(1, bucket)) * rows_per_tile
-    end = torch.minimum(begin + rows_per_tile, offsets.gather(1, bucket + 1))
-    return torch.where(used, bucket, -1).int(), begin.int(), end.int()
+    heads, n_blocks = len(buckets.offsets), buckets.offsets.shape[1] - 1
+    max_tiles = min(buckets.most // rows_per_tile + n_blocks, buckets.most)
+    tiles = torch.empty((3, heads, max_tiles), dtype=torch.int32, device=buckets.offsets.device).unbind()
+    tile_kernel[(triton.cdiv(max_tiles, _TILES), heads)](
+        buckets.offsets, *tiles, *buckets.offsets.stride(), n_blocks, max_tiles, rows_per_tile,
+        BY_PLACE=max_tiles == buckets.most, TILES=_TILES,
+    )  # fmt: skip
+    return tiles
