@@ -52,8 +52,10 @@ def table(capability, dtype, head_dim: int, block_size: int) -> dict[str, Tile]:
         return _tiles(tile, tile, tile, tile)
     if shared < 227:
         return _ampere(row_bytes, shared)
+    if width <= 64 and block_size > 64:  # measured at block 128, where two kernels are faster than the fused one
+        return _tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(128, 64, 4, 2), Tile(64, 64, 4, 2))
     if width <= 64:
-        return _tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2))
+        return _tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2), Tile(128, 64, 8, 2))
     if width <= 128:  # the fastest of six and more settings each on an H100: docs/kernels.md
         past_keys = Tile(64, 128, 8, 3 if block_size <= _LARGEST_FUSED_BLOCK else 2)
         if capability[0] > 9 and block_size <= _LARGEST_FUSED_BLOCK:
