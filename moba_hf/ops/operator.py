@@ -267,7 +267,8 @@ def _check_cu_seqlens(query, key, cu_seqlens_q, cu_seqlens_k):
     if cu_seqlens_q is None and cu_seqlens_k is None:
         if query.shape[0] > key.shape[0]:
             raise ValueError(f"a sequence has {query.shape[0]} queries but only {key.shape[0]} keys")
-        return tuple(torch.tensor([0, x.shape[0]], dtype=torch.int32, device=query.device) for x in (query, key))
+        ends = torch.arange(2, dtype=torch.int32, device=query.device)  # a tensor made of numbers would be copied there
+        return tuple(ends * x.shape[0] for x in (query, key))
     for name, (cu, _) in given.items():
         if not isinstance(cu, torch.Tensor) or cu.dtype != torch.int32 or cu.ndim != 1 or cu.shape[0] < 2:
             what = f"{cu.dtype} {tuple(cu.shape)}" if isinstance(cu, torch.Tensor) else repr(cu)
