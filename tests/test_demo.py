@@ -169,6 +169,19 @@ def test_failing_run_overwrites_nothing(script, config_file, tmp_path, monkeypat
     assert json.loads((tmp_path / "run" / "report.json").read_text(encoding="utf-8"))["steps"] == 3
 
 
+def test_the_meter_reaches_tensorboard_and_stays_there(script, config_file, tmp_path):
+    """Losses of both attentions, gap, recall by layer and mode, at the steps where they were measured."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    script.main(["--config", config_file(report_to="tensorboard", recall_steps=2)])
+    (folder,) = (tmp_path / "run" / "logs").iterdir()
+    events = EventAccumulator(str(folder)).Reload()
+    steps = {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert steps["train/moba_layers"] == steps["train/sparsity"] == [1, 2, 3, 4]
+    for name in ("full_mean", "full_trailing", "moba_mean", "moba_trailing", "gap", "recall", "recall_layer_00"):
+        assert steps[f"eval/{name}"] == [2, 4], name
+
+
 def test_streaming(script, config_file):
     report = script.main(["--config", config_file(streaming=True, max_steps=2)])
     assert report["steps"] == 2 and report["data"]["sequences"] > 0

@@ -74,6 +74,7 @@ def metadata(wheel):
 def test_metadata_is_complete(wheel, metadata):
     files = contents(wheel)
     assert (metadata["Name"], metadata["Version"]) == ("moba_hf", moba_hf.__version__)
+    assert metadata["Author"] == "The moba_hf contributors"
     assert metadata["License-Expression"] == "Apache-2.0" and metadata.get_all("License-File") == ["LICENSE"]
     assert files[f"{INFO}/licenses/LICENSE"] == (ROOT / "LICENSE").read_bytes()
     assert metadata["Description-Content-Type"] == "text/markdown"

@@ -1,5 +1,8 @@
 """The only file that writes to Transformers: its two registries, one config attribute, and two guards.
 
+Each is written as soon as the module that holds it has been imported, by whoever imports it. So `import moba_hf` is as
+light as `import transformers`, which imports neither PyTorch nor a model before someone asks for them.
+
 The guards wrap methods because Transformers has no hook there, and without them a user would get dense attention
 without a word: when a checkpoint with MoBA settings is loaded under another attention implementation, and when
 continuous batching replaces "moba" by a FlashAttention that happens to be installed. The first also puts
@@ -8,14 +11,12 @@ continuous batching replaces "moba" by a FlashAttention that happens to be insta
 
 import copy
 import functools
+import sys
+from importlib.abc import MetaPathFinder
 
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
-from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.utils import logging
 
 from ..config import MobaConfig
-from .attention import moba_attention_forward
-from .masking import moba_mask
 
 logger = logging.get_logger(__name__)
 
@@ -24,15 +25,65 @@ NAME = "moba"
 
 def register() -> None:
     """Make "moba" known to Transformers. Runs at import; calling it again changes nothing."""
-    AttentionInterface.register(NAME, moba_attention_forward)
-    AttentionMaskInterface.register(NAME, moba_mask)
-    if not isinstance(PreTrainedConfig.__dict__.get("moba"), _MobaSettings):
-        PreTrainedConfig.moba = _MobaSettings()
-    if not hasattr(PreTrainedModel.from_pretrained, "_moba_guard"):
-        PreTrainedModel.from_pretrained = classmethod(_loading(PreTrainedModel.from_pretrained.__func__))
-    switch = ContinuousBatchingManager.switch_to_cb_friendly_attn
-    if not hasattr(switch, "_moba_guard"):
-        ContinuousBatchingManager.switch_to_cb_friendly_attn = _refusing_moba(switch)
+    if not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _WhenImported())
+    for name, write in _WRITERS.items():
+        if name in sys.modules:
+            write(sys.modules[name])
+
+
+class _WhenImported(MetaPathFinder):
+    """Lets the other finders find a module of `_WRITERS`, and writes to it once it has been executed."""
+
+    def find_spec(self, name, path, target=None):
+        if name not in _WRITERS:
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
+        if spec is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module):
+                execute(module)
+                _WRITERS[name](module)
+
+            spec.loader.exec_module = exec_module  # of this one module's loader
+        return spec
+
+
+def _write_config(configuration_utils) -> None:
+    config = configuration_utils.PreTrainedConfig
+    if not isinstance(config.__dict__.get(NAME), _MobaSettings):
+        config.moba = _MobaSettings()
+
+
+def _write_mask(masking_utils) -> None:
+    from .masking import moba_mask
+
+    masking_utils.AttentionMaskInterface.register(NAME, moba_mask)
+
+
+def _write_attention(modeling_utils) -> None:
+    from .attention import moba_attention_forward
+
+    modeling_utils.AttentionInterface.register(NAME, moba_attention_forward)
+    model = modeling_utils.PreTrainedModel
+    if not hasattr(model.from_pretrained, "_moba_guard"):
+        model.from_pretrained = classmethod(_loading(model.from_pretrained.__func__))
+
+
+def _write_batching(continuous_api) -> None:
+    manager = continuous_api.ContinuousBatchingManager
+    if not hasattr(manager.switch_to_cb_friendly_attn, "_moba_guard"):
+        manager.switch_to_cb_friendly_attn = _refusing_moba(manager.switch_to_cb_friendly_attn)
+
+
+_WRITERS = {
+    "transformers.configuration_utils": _write_config,
+    "transformers.masking_utils": _write_mask,
+    "transformers.modeling_utils": _write_attention,
+    "transformers.generation.continuous_batching.continuous_api": _write_batching,
+}
 
 
 class _MobaSettings:
@@ -46,6 +97,8 @@ class _MobaSettings:
         return self if config is None else config.__dict__.get(NAME)
 
     def __set__(self, config, settings) -> None:
+        from transformers import PreTrainedConfig
+
         if settings is not None:
             settings = MobaConfig.from_dict(settings)
             if isinstance(layers := getattr(config, "num_hidden_layers", None), int):
@@ -60,6 +113,8 @@ class _MobaSettings:
 
 
 def _loading(from_pretrained):
+    from transformers import PreTrainedConfig
+
     @functools.wraps(from_pretrained)
     def wrapper(cls, *args, **kwargs):
         config = kwargs.get("config")

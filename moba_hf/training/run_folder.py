@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 _SETTINGS = "settings.json"
+_TENSORBOARD = "runs"  # where Transformers has it write, below the output folder
 _CLOSING_FILE = "trainer_state.json"  # written last into a checkpoint
 
 
@@ -92,7 +93,13 @@ class RunFolder:
         trainer.save_model(str(self.result / "model"))
 
     def publish(self) -> None:
-        """Move all of `result` into place, by renaming, and end the run."""
+        """Move all of `result` into place, by renaming, and end the run.
+
+        TensorBoard's logs are kept, in `finished`/logs: each run's are a folder named by its date and host.
+        """
+        for log in (self.unfinished / _TENSORBOARD).glob("*"):
+            (self.finished / "logs").mkdir(exist_ok=True)
+            os.replace(log, self.finished / "logs" / log.name)
         for new in sorted(self.result.iterdir()):
             target = self.finished / new.name
             if target.is_dir():
