@@ -9,7 +9,7 @@ gets
 
     cells.jsonl     every answer as it came; started again, the script goes on after the last one
     needle.json     settings, every cell, and the table of each mode
-    needle.png      the grids, dark where the needle was not found
+    needle.png      the grids, from dark red (not found) to light green (found)
 
 The haystack is a .txt or .md file, a folder of them, or pydoc: Python's own manual. It is repeated where it is too
 short for a length. Like every script here it also takes --config FILE.yaml with any of the arguments below.
