@@ -85,7 +85,6 @@ def report(
         "sparsity": {text: 1 - taken / blocks for text, (taken, blocks) in zip(args.splits, args.pairs, strict=True)},
         "loss": summaries,
     }
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "granularity.json", result)
     figure = granularity_figure(
         args.pairs,

@@ -86,7 +86,6 @@ def report(
         "loss": {mode: loss.summary(args.trailing_tokens) for mode, loss in losses.items()},
         "by_position": {mode: loss.by_position(args.window).tolist() for mode, loss in losses.items()},
     }
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "position_loss.json", result)
     layers = ", ".join(map(str, args.hybrid_layers))
     names = {"full": "full attention", "moba": "MoBA", "hybrid": f"MoBA, layers {layers} full"}

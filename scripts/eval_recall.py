@@ -76,7 +76,6 @@ def report(layers: dict[int, recall.Mass], number: int, settings: dict, args: Re
         "mean": {name: torch.stack([getattr(m, name) for m in layers.values()]).mean().item() for name in _KINDS},
         "layers": recall.to_dict(layers),
     }
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "recall.json", result)
     moba = settings["moba"]
     title = f"Recall at {args.length} tokens, block {moba['block_size']}, top-{moba['top_k']} ({settings['model']})"
