@@ -7,6 +7,7 @@ By default the five splits of the paper, all 75 % sparse: 2 of 8 blocks, 4 of 16
 checkpoint will do: block size and top-k are set here. Layers that its settings keep in full attention stay so. The
 output folder gets
 
+    granularity.jsonl  every loss as it came; started again, the script goes on after the last one
     granularity.json   settings, mean and trailing loss of every split and of full attention
     granularity.png    the same as a figure
 """
@@ -14,44 +15,35 @@ output folder gets
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tqdm.auto import tqdm
+from evaluation_runs import LossArguments, describe, different, long_sequences, measure_losses, open_checkpoint
 
 from moba_hf.evaluation import position_loss
-from moba_hf.evaluation.checkpoint import describe, load
 from moba_hf.evaluation.evaluation_figures import granularity_figure
 from moba_hf.evaluation.figures import save
 from moba_hf.evaluation.modes import MOBA, Mode
-from moba_hf.training.arguments import ModelArguments, model_location, parse
+from moba_hf.evaluation.result_log import ResultLog
+from moba_hf.training.arguments import ModelArguments, parse
 from moba_hf.training.run_folder import write_json
-from moba_hf.training.sources import read_documents
 
 
 @dataclass
-class GranularityArguments:
+class GranularityArguments(LossArguments):
     """Which splits, on which text."""
 
     splits: list[str] = field(
         default_factory=lambda: ["2/8", "4/16", "8/32", "16/64", "32/128"],
         metadata={"help": "Blocks taken / blocks there are, each."},
     )
-    dataset: str = field(default="pydoc", metadata={"help": "File, folder, hub id, or pydoc."})
-    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
-    length: int = field(default=8192, metadata={"help": "Tokens per sequence."})
-    sequences: int = field(default=8, metadata={"help": "Sequences measured."})
-    trailing_tokens: int | None = field(
-        default=None, metadata={"help": "Last positions that make the trailing loss; by default a quarter of length."}
-    )
     output_dir: str = field(default="runs/granularity", metadata={"help": "Folder of the results."})
 
     def __post_init__(self):
-        if self.trailing_tokens is None:
-            self.trailing_tokens = max(1, self.length // 4)
-        if not 1 <= self.trailing_tokens < self.length or self.sequences < 1:
-            raise ValueError(
-                f"sequences must be at least 1 and trailing_tokens between 1 and length − 1, but sequences was "
-                f"{self.sequences}, trailing_tokens {self.trailing_tokens} and length {self.length}"
-            )
+        super().__post_init__()
+        different(splits=self.splits)
         self.pairs = [split_of(text, self.length) for text in self.splits]
+
+
+# More sequences and splits may join the same log; trailing positions are cut out of it.
+_NOT_IN_A_LOSS = ("sequences", "splits", "trailing_tokens")
 
 
 def split_of(text: str, length: int) -> tuple[int, int]:
@@ -67,24 +59,16 @@ def split_of(text: str, length: int) -> tuple[int, int]:
 def main(argv: list[str] | None = None) -> dict:
     """Measure and draw; returns the report."""
     model_args, args = parse((ModelArguments, GranularityArguments), argv, description=__doc__)
-    documents = read_documents(args.dataset, text_column=args.text_column)
-    model, tokenizer = load(
-        model_location(model_args),
-        longest=args.length,
-        gguf_file=model_args.gguf_file,
-        dtype=model_args.dtype,
-        moba=model_args.moba,
-        needs_settings=False,
-    )
-    tokens = (tokenizer(document, verbose=False)["input_ids"] for document in documents)
-    sequences, short = position_loss.full_length(tokens, args.length, args.sequences)
+    checkpoint = open_checkpoint(model_args, longest=args.length, needs_settings=False)
+    sequences, short = long_sequences(args, checkpoint.tokenizer())
     modes = [Mode("full", model_args.dense_attention)]
     for text, (taken, blocks) in zip(args.splits, args.pairs, strict=True):
         modes.append(Mode(text, MOBA, {"block_size": args.length // blocks, "top_k": taken}))
-    measured = position_loss.measure(model, sequences, modes)
-    total = len(sequences) * len(modes)
-    losses = position_loss.collect(tqdm(measured, total=total, desc="Granularity", unit="forward"))
-    return report(losses, short, describe(model, model_args.model_name_or_path, args), args)
+    model = checkpoint.model()
+    settings = describe(model, model_args, args)
+    log = ResultLog(Path(args.output_dir) / "granularity.jsonl", settings, leave_out=_NOT_IN_A_LOSS)
+    losses = measure_losses(model, sequences, modes, log, title="Granularity")
+    return report(losses, short, settings, args)
 
 
 def report(
@@ -101,7 +85,6 @@ def report(
         "sparsity": {text: 1 - taken / blocks for text, (taken, blocks) in zip(args.splits, args.pairs, strict=True)},
         "loss": summaries,
     }
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "granularity.json", result)
     figure = granularity_figure(
         args.pairs,

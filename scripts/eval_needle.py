@@ -9,7 +9,7 @@ gets
 
     cells.jsonl     every answer as it came; started again, the script goes on after the last one
     needle.json     settings, every cell, and the table of each mode
-    needle.png      the grids, dark where the needle was not found
+    needle.png      the grids, from dark red (not found) to light green (found)
 
 The haystack is a .txt or .md file, a folder of them, or pydoc: Python's own manual. It is repeated where it is too
 short for a length. Like every script here it also takes --config FILE.yaml with any of the arguments below.
@@ -18,21 +18,22 @@ short for a length. Like every script here it also takes --config FILE.yaml with
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from evaluation_runs import PromptArguments, describe, open_checkpoint
 from tqdm.auto import tqdm
 
 from moba_hf.evaluation import needle
-from moba_hf.evaluation.checkpoint import describe, load
+from moba_hf.evaluation.checkpoint import digest
 from moba_hf.evaluation.evaluation_figures import needle_figure
 from moba_hf.evaluation.figures import save
 from moba_hf.evaluation.modes import side_by_side
 from moba_hf.evaluation.result_log import ResultLog
-from moba_hf.training.arguments import ModelArguments, model_location, parse
+from moba_hf.training.arguments import ModelArguments, parse
 from moba_hf.training.run_folder import write_json
 from moba_hf.training.sources import read_documents
 
 
 @dataclass
-class NeedleArguments:
+class NeedleArguments(PromptArguments):
     """The grid, and how it is run."""
 
     lengths: list[int] = field(
@@ -45,15 +46,11 @@ class NeedleArguments:
     new_tokens: int = field(default=16, metadata={"help": "Tokens the model may answer with."})
     seed: int = field(default=0, metadata={"help": "Another one hides other numbers."})
     haystack: str = field(default="pydoc", metadata={"help": "Text file, folder of text files, or pydoc."})
-    batch_size: int = field(default=1, metadata={"help": "Cells of one length run at once."})
-    prefill_chunk_size: int | None = field(
-        default=None, metadata={"help": "Tokens of a prompt run at a time, to bound the memory of long ones."}
-    )
     output_dir: str = field(default="runs/needle", metadata={"help": "Folder of the results."})
 
 
 # Cells of other lengths and depths, and more of them, may join the same log.
-_NOT_IN_A_CELL = ("lengths", "depths", "samples", "batch_size", "prefill_chunk_size", "output_dir")
+_NOT_IN_A_CELL = ("lengths", "depths", "samples", "batch_size", "prefill_chunk_size")
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -61,17 +58,14 @@ def main(argv: list[str] | None = None) -> dict:
     model_args, args = parse((ModelArguments, NeedleArguments), argv, description=__doc__)
     grid = needle.Grid(tuple(args.lengths), tuple(args.depths), args.samples, args.new_tokens, args.seed)
     text = "\n\n".join(read_documents(args.haystack))
-    model, tokenizer = load(
-        model_location(model_args),
-        longest=max(grid.lengths),
-        gguf_file=model_args.gguf_file,
-        dtype=model_args.dtype,
-        moba=model_args.moba,
-    )
-    haystack = needle.Haystack(tokenizer, text)
-    settings = describe(model, model_args.model_name_or_path, args, leave_out=_NOT_IN_A_CELL)
+    needle.check_text(text)
+    checkpoint = open_checkpoint(model_args, longest=max(grid.lengths))
+    haystack = needle.Haystack(checkpoint.tokenizer(), text)
+    haystack.check(grid)
+    model = checkpoint.model()
+    settings = {**describe(model, model_args, args), "text": digest(text)}
     folder = Path(args.output_dir)
-    log = ResultLog(folder / "cells.jsonl", settings)
+    log = ResultLog(folder / "cells.jsonl", settings, leave_out=_NOT_IN_A_CELL)
     modes = side_by_side(model_args.dense_attention)
     done = len(asked_for(log.results, grid))
     with tqdm(total=len(modes) * len(list(grid.cells())), initial=done, desc="Needles", unit="cell") as bar:
@@ -85,6 +79,7 @@ def main(argv: list[str] | None = None) -> dict:
             prefill_chunk_size=args.prefill_chunk_size,
         ):
             bar.update(added)
+    settings = {name: value for name, value in settings.items() if name not in _NOT_IN_A_CELL}
     return report(folder, settings, haystack, grid, asked_for(log.results, grid), [mode.name for mode in modes])
 
 

@@ -7,6 +7,7 @@ The model runs in full attention, and each layer's queries and keys are asked wh
 recall lose most by it: --suggest of them are proposed as `full_attention_layers`, with the figures behind that. The
 output folder gets
 
+    recall.jsonl  every sequence as it came; started again, the script goes on after the last one
     recall.json   settings, recall of every layer and head, beside a sliding window's and the best possible one
     recall.png    heat map, and the means of the layers
 """
@@ -15,53 +16,53 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from evaluation_runs import TextArguments, at_least, describe, long_sequences, open_checkpoint
 from tqdm.auto import tqdm
 
-from moba_hf.evaluation import position_loss, recall
-from moba_hf.evaluation.checkpoint import describe, load
+from moba_hf.evaluation import recall
+from moba_hf.evaluation.checkpoint import digest
 from moba_hf.evaluation.evaluation_figures import recall_figure
 from moba_hf.evaluation.figures import save
-from moba_hf.evaluation.modes import settings_of
-from moba_hf.training.arguments import ModelArguments, model_location, parse
+from moba_hf.evaluation.result_log import ResultLog
+from moba_hf.training.arguments import ModelArguments, parse
 from moba_hf.training.run_folder import write_json
-from moba_hf.training.sources import read_documents
 
 
 @dataclass
-class RecallArguments:
+class RecallArguments(TextArguments):
     """Which text, how much of it, and how many layers to suggest."""
 
-    dataset: str = field(default="pydoc", metadata={"help": "File, folder, hub id, or pydoc."})
-    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
-    length: int = field(default=8192, metadata={"help": "Tokens per sequence."})
     sequences: int = field(default=4, metadata={"help": "Sequences measured."})
     queries: int = field(default=512, metadata={"help": "Queries looked at in each sequence, evenly spread."})
     suggest: int = field(default=3, metadata={"help": "Layers to suggest for full attention; the paper keeps three."})
     output_dir: str = field(default="runs/recall", metadata={"help": "Folder of the results."})
 
     def __post_init__(self):
-        for name in ("length", "sequences", "queries", "suggest"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, but was {getattr(self, name)}")
+        super().__post_init__()
+        at_least(1, queries=self.queries, suggest=self.suggest)
+
+
+# More sequences may join the same log; the suggestion is made of it.
+_NOT_IN_A_RECALL = ("sequences", "suggest")
 
 
 def main(argv: list[str] | None = None) -> dict:
     """Measure and draw; returns the report."""
     model_args, args = parse((ModelArguments, RecallArguments), argv, description=__doc__)
-    documents = read_documents(args.dataset, text_column=args.text_column)
-    model, tokenizer = load(
-        model_location(model_args),
-        longest=args.length,
-        gguf_file=model_args.gguf_file,
-        dtype=model_args.dtype,
-        moba=model_args.moba,
-    )
-    tokens = (tokenizer(document, verbose=False)["input_ids"] for document in documents)
-    sequences, _short = position_loss.full_length(tokens, args.length, args.sequences)
-    rows = tqdm(sequences, desc="Recall", unit="sequence")
-    measured = [recall.measure(model, row[None], settings_of(model), args.queries) for row in rows]
-    layers = recall.average(measured)
-    return report(layers, len(measured), describe(model, model_args.model_name_or_path, args), args)
+    checkpoint = open_checkpoint(model_args, longest=args.length)
+    recall.sparse_from(checkpoint.settings, args.length)
+    recall.check_number(args.suggest, checkpoint.full_causal_layers)
+    sequences, _short = long_sequences(args, checkpoint.tokenizer())
+    model = checkpoint.model()
+    settings = describe(model, model_args, args)
+    log = ResultLog(Path(args.output_dir) / "recall.jsonl", settings, leave_out=_NOT_IN_A_RECALL)
+    rows = {digest(row.tolist()): row for row in sequences}
+    done = {result["sequence"] for result in log.results}
+    for name in tqdm([name for name in rows if name not in done], desc="Recall", unit="sequence"):
+        layers = recall.measure(model, rows[name][None], checkpoint.settings, args.queries)
+        log.add([{"sequence": name, "layers": recall.to_dict(layers)}])
+    measured = [recall.from_dict(result["layers"]) for result in log.results if result["sequence"] in rows]
+    return report(recall.average(measured), len(measured), settings, args)
 
 
 def report(layers: dict[int, recall.Mass], number: int, settings: dict, args: RecallArguments) -> dict:
@@ -73,9 +74,8 @@ def report(layers: dict[int, recall.Mass], number: int, settings: dict, args: Re
         "sequences": number,
         "suggestion": asdict(suggestion),
         "mean": {name: torch.stack([getattr(m, name) for m in layers.values()]).mean().item() for name in _KINDS},
-        "layers": {n: {name: getattr(layers[n], name).tolist() for name in _KINDS} for n in sorted(layers)},
+        "layers": recall.to_dict(layers),
     }
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "recall.json", result)
     moba = settings["moba"]
     title = f"Recall at {args.length} tokens, block {moba['block_size']}, top-{moba['top_k']} ({settings['model']})"

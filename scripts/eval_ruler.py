@@ -18,21 +18,22 @@ also takes --config FILE.yaml with any of the arguments below.
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from evaluation_runs import PromptArguments, at_least, describe, different, open_checkpoint
 from tqdm.auto import tqdm
 
 from moba_hf.evaluation import ruler
-from moba_hf.evaluation.checkpoint import describe, load
+from moba_hf.evaluation.checkpoint import digest
 from moba_hf.evaluation.evaluation_figures import ruler_figure
 from moba_hf.evaluation.figures import save
 from moba_hf.evaluation.modes import side_by_side
 from moba_hf.evaluation.result_log import ResultLog
-from moba_hf.training.arguments import ModelArguments, model_location, parse
+from moba_hf.training.arguments import ModelArguments, parse
 from moba_hf.training.run_folder import write_json
 from moba_hf.training.sources import read_documents
 
 
 @dataclass
-class RulerArguments:
+class RulerArguments(PromptArguments):
     """Which tasks, at which lengths, made of what."""
 
     lengths: list[int] = field(default_factory=lambda: [4096], metadata={"help": "Tokens of prompt and answer."})
@@ -46,19 +47,16 @@ class RulerArguments:
         default=ruler.WONDERWORDS,
         metadata={"help": "Words of keys and lists: the package wonderwords, or a text file."},
     )
-    batch_size: int = field(default=1, metadata={"help": "Samples of one task and length run at once."})
-    prefill_chunk_size: int | None = field(
-        default=None, metadata={"help": "Tokens of a prompt run at a time, to bound the memory of long ones."}
-    )
     output_dir: str = field(default="runs/ruler", metadata={"help": "Folder of the results."})
 
     def __post_init__(self):
-        if self.samples < 1 or not self.lengths:
-            raise ValueError(f"samples and lengths must be at least 1, but were {self.samples} and {self.lengths}")
+        super().__post_init__()
+        different(lengths=self.lengths)
+        at_least(1, samples=self.samples)
 
 
 # Samples of other tasks and lengths, and more of them, may join the same log.
-_NOT_IN_A_SAMPLE = ("lengths", "tasks", "samples", "batch_size", "prefill_chunk_size", "output_dir")
+_NOT_IN_A_SAMPLE = ("lengths", "tasks", "samples", "batch_size", "prefill_chunk_size")
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -73,17 +71,15 @@ def main(argv: list[str] | None = None) -> dict:
     tasks, not_run = ruler.choose_tasks(args.tasks, material)
     for name, needed in not_run.items():
         print(f"Not run: {name}, which needs {needed}")
-    model, tokenizer = load(
-        model_location(model_args),
-        longest=max(args.lengths),
-        gguf_file=model_args.gguf_file,
-        dtype=model_args.dtype,
-        moba=model_args.moba,
-    )
-    settings = describe(model, model_args.model_name_or_path, args, leave_out=_NOT_IN_A_SAMPLE)
+    checkpoint = open_checkpoint(model_args, longest=max(args.lengths))
+    writer = ruler.Writer(checkpoint.tokenizer(), material, args.seed)
+    writer.check(tasks, args.lengths, args.samples)
+    model = checkpoint.model()
+    settings = {**describe(model, model_args, args), "material": digest(material)}
     folder = Path(args.output_dir)
-    log = ResultLog(folder / "samples.jsonl", settings)
-    run(model, ruler.Writer(tokenizer, material, args.seed), tasks, args, log, model_args)
+    log = ResultLog(folder / "samples.jsonl", settings, leave_out=_NOT_IN_A_SAMPLE)
+    run(model, writer, tasks, args, log, model_args)
+    settings = {name: value for name, value in settings.items() if name not in _NOT_IN_A_SAMPLE}
     return report(folder, settings, tasks, not_run, args, asked_for(log.results, tasks, args))
 
 

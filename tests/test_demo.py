@@ -18,6 +18,8 @@ from transformers import (
     ProgressCallback,
 )
 
+from moba_hf.training import arguments
+
 SCRIPT = Path(__file__).parent.parent / "scripts" / "continue_pretrain.py"
 REPORT_KEYS = {
     "steps", "full_before", "moba_before", "full_after", "moba_after", "gap_before", "gap_after", "tokens_per_second",
@@ -203,6 +205,14 @@ def test_streaming(script, config_file):
         ({"moba": {"block_size": 0}}, ValueError, "block_size must be at least 1"),
         ({"moba": {"blocksize": 8}}, ValueError, "unknown moba setting 'blocksize'"),
         ({"moba": {"full_attention_layers": [7]}}, ValueError, "full_attention_layers must lie in"),
+        (
+            {"moba": '{"top_k": 4'},
+            ValueError,
+            r"moba must be JSON, as in '\{.*\}', but was '\{\"top_k\": 4' \(.*column 12",
+        ),
+        ({"lora": "r=8"}, ValueError, r"lora must be JSON, as in '\{\"r\": 8\}', but was 'r=8'"),
+        ({"rope": "yarn"}, ValueError, "rope must be JSON, as in .*, but was 'yarn'"),
+        ({"schedule": "[moba]"}, ValueError, r"schedule must be JSON, as in .*, but was '\[moba\]'"),
         ({"streaming": True, "max_steps": -1}, ValueError, "streaming needs max_steps"),
     ],
 )
@@ -210,6 +220,14 @@ def test_bad_input_is_refused_before_any_work(script, config_file, tmp_path, cha
     with pytest.raises(error, match=message):
         script.main(["--config", config_file(**changes)])
     assert not list((tmp_path / "run").glob("unfinished/checkpoint-*"))
+
+
+def test_the_json_of_the_messages_is_accepted():
+    examples = dict(arguments._JSON_EXAMPLES)
+    model = arguments.ModelArguments("x", moba=examples.pop("moba"), lora=examples.pop("lora"))
+    assert model.moba["block_size"] == 64 and model.lora == {"r": 8}
+    stage = arguments.StageArguments(**examples)
+    assert stage.rope["factor"] == 2 and len(stage.schedule) == 2
 
 
 def test_missing_config_file(script):

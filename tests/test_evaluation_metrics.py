@@ -40,7 +40,7 @@ def test_haystacks_repeat_and_refuse():
     assert len(needle.Haystack(tokenizer, "Short. ").prompt("1234567", tokens=500, depth=50)) == 500
     with pytest.raises(ValueError, match="haystack is empty"):
         needle.Haystack(tokenizer, " \n")
-    with pytest.raises(ValueError, match="too few: the question alone takes"):
+    with pytest.raises(ValueError, match="too few: question and needle alone take 238"):
         needle.Haystack(tokenizer, TEXT).prompt("1234567", tokens=100, depth=50)
 
 
@@ -120,7 +120,30 @@ def test_only_documents_that_fill_the_length_count():
         position_loss.full_length([[1], [2, 2]], 4, 1)
 
 
-def test_modes_are_measured_side_by_side_and_leave_nothing_behind():
+def test_losses_by_hand():
+    """Two sequences of six tokens have five losses each."""
+    loss = position_loss.HeldOutLoss(torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0], [3.0, 2.0, 1.0, 0.0, 9.0]]))
+    assert loss.mean() == 3.0  # (15 + 15) / 10
+    assert loss.trailing(1) == 7.0  # (5 + 9) / 2
+    assert loss.trailing(3) == pytest.approx(22 / 6)  # (3 + 4 + 5 + 1 + 0 + 9) / 6
+    assert loss.trailing(5) == loss.mean()
+    assert loss.by_position().tolist() == [2.0, 2.0, 2.0, 2.0, 7.0]
+    # windows of two: (1 + 2 + 3 + 2) / 4, (3 + 4 + 1 + 0) / 4, and the last position alone: (5 + 9) / 2
+    assert loss.by_position(2).tolist() == [2.0, 2.0, 7.0]
+    assert loss.by_position(4).tolist() == [2.0, 7.0] and loss.by_position(9).tolist() == [3.0]
+    assert loss.first(1).mean() == 3.0 and loss.first(1).trailing(2) == 4.5
+    assert loss.summary(1) == {"mean": 3.0, "trailing": 7.0}
+
+
+def test_token_losses_by_hand():
+    """A model whose logits are log 1, log 2 … whatever it reads: token i has probability (i + 1) / (1 + … + 64)."""
+    model, ids = tiny_model(), torch.tensor([[5, 0, 63, 9]])
+    model.lm_head.forward = lambda states: torch.arange(1.0, 65).log().expand(*states.shape[:2], 64)
+    expected = torch.tensor([[2080 / 1, 2080 / 64, 2080 / 10]]).log()  # 1 + … + 64 = 2080; of tokens 0, 63 and 9
+    torch.testing.assert_close(position_loss.token_losses(model, ids), expected)
+
+
+def test_modes_are_measured_side_by_side_and_leave_nothing_behind(tmp_path):
     model, sequences = tiny_model(num_hidden_layers=3), tokens(2, 40)
     modes = (
         Mode("full", "sdpa"),
@@ -128,7 +151,10 @@ def test_modes_are_measured_side_by_side_and_leave_nothing_behind():
         Mode("hybrid", "moba", {"full_attention_layers": (0, 1, 2)}),
     )
     before = dict(model.config.moba)
-    losses = position_loss.collect(position_loss.measure(model, sequences, modes))
+    log = ResultLog(tmp_path / "losses.jsonl", {})
+    assert len(list(position_loss.measure(model, sequences, modes, log))) == 6
+    assert position_loss.missing(log.results, sequences, modes) == []
+    losses = position_loss.collect(log.results, sequences, modes)
     assert model.config.moba == before and model.config._attn_implementation == "moba"
     torch.testing.assert_close(losses["hybrid"].by_token, losses["full"].by_token)  # all layers full
     assert (losses["moba"].by_token - losses["full"].by_token).abs().max() > 1e-3
@@ -198,10 +224,11 @@ def test_suggestion_and_average():
     suggestion = recall.suggest(masses(0.9, 0.5, 0.8, 0.4), 2)
     assert suggestion.layers == (1, 3)
     assert "layer 3 0.400, layer 1 0.500; all other layers 0.800 to 0.900" in suggestion.ground
-    with pytest.raises(ValueError, match=r"must be 1 … 4, but was 5"):
+    with pytest.raises(ValueError, match=r"must be 1 … 4, the layers that can be measured, but was 5"):
         recall.suggest(masses(0.9, 0.5, 0.8, 0.4), 5)
     mean = recall.average([masses(0.2, 0.4), masses(0.4, 0.6)])
     torch.testing.assert_close(mean[0].selected, torch.tensor([0.2, 0.4]))
+    assert all(of.selected.equal(mean[layer].selected) for layer, of in recall.from_dict(recall.to_dict(mean)).items())
     torch.testing.assert_close(mean[1].best, torch.tensor([0.4, 0.6]))
     assert math.isclose(mean[1].selected.mean().item(), 0.5, rel_tol=1e-6)
 

@@ -60,6 +60,14 @@ def test_too_short_a_length_is_refused():
         list(ruler.Writer(byte_tokenizer(), MATERIAL).write(TASKS["cwe"], 300, 1))
 
 
+def test_lengths_beyond_131072():
+    """No list of lengths stands in the way, as it does in lm-eval."""
+    length, task, writer = 140_000, TASKS["niah_single_1"], ruler.Writer(byte_tokenizer(), MATERIAL)
+    writer.check([task], [length], samples=1)
+    ((_, prompt),) = writer.write(task, length, 1)
+    assert 0.99 * length < len(prompt) + task.new_tokens <= length
+
+
 @pytest.mark.parametrize(
     ("name", "needles", "kind"),
     [

@@ -5,10 +5,11 @@ import math
 
 import pytest
 import torch
-from checkpoints import load_script, save_checkpoint
+from checkpoints import byte_tokenizer, load_script, save_checkpoint
+from models import tiny_config, tiny_model
 
 from moba_hf import cli
-from moba_hf.evaluation import needle, ruler
+from moba_hf.evaluation import checkpoint, needle, position_loss, recall, ruler
 from moba_hf.evaluation.ruler import words_of
 
 MOBA = {"block_size": 32, "top_k": 2}
@@ -122,14 +123,8 @@ def test_position_loss(material, arguments, tmp_path, capsys):
     assert len({loss["mean"] for loss in report["loss"].values()}) == 3
     assert "2 documents were shorter than 300 tokens" in capsys.readouterr().out
     assert (tmp_path / "out" / "position_loss.png").stat().st_size > 5000
-    settings = script.main(arguments(*text[:4]))["settings"]
+    settings = script.main(arguments(*text[:4], "--hybrid_layers", "-2", "-1"))["settings"]
     assert settings["trailing_tokens"] == 75, "by default a quarter of the length"
-    with pytest.raises(ValueError, match="none of the 4 documents has 1000 tokens"):
-        script.main(arguments(*text[:2], "--length", "1000", "--trailing_tokens", "10"))
-    with pytest.raises(ValueError, match="trailing_tokens must be at least 1 and at most 299, but was 300"):
-        script.main(arguments(*text[:4], "--trailing_tokens", "300"))
-    with pytest.raises(ValueError, match="full_attention_layers must lie in -3 … 2"):
-        script.main(arguments(*text, "--hybrid_layers", "3"))
 
 
 def test_granularity(material, arguments, tmp_path):
@@ -143,62 +138,181 @@ def test_granularity(material, arguments, tmp_path):
     assert (tmp_path / "out" / "granularity.png").stat().st_size > 5000
     default = script.main(arguments(*text[:6], "--splits", "2/8"))["settings"]["trailing_tokens"]
     assert default == 32, "a quarter of the length"
-    for wrong, message in (("9/8", "as in 2/8, but was '9/8'"), ("2/7", "cannot be cut into 7 equal blocks")):
-        with pytest.raises(ValueError, match=message):
-            script.main(arguments(*text, "--splits", wrong))
 
 
 def test_recall(material, arguments, tmp_path, capsys):
     script = load_script("eval_recall")
     text = ["--dataset", str(material / "text"), "--length", "200", "--sequences", "2", "--queries", "50"]
     report = script.main(arguments(*text, "--suggest", "1"))
-    assert sorted(report["layers"]) == [0, 1, 2] and len(report["layers"][0]["selected"]) == 4
+    assert sorted(report["layers"]) == ["0", "1", "2"] and len(report["layers"]["0"]["selected"]) == 4
     assert 0 < report["mean"]["selected"] <= report["mean"]["best"] <= 1
     means = {layer: sum(of["selected"]) for layer, of in report["layers"].items()}
-    assert report["suggestion"]["layers"] == (min(means, key=means.get),)
+    assert report["suggestion"]["layers"] == (int(min(means, key=means.get)),)
     said = capsys.readouterr().out
     assert "Suggested full_attention_layers: [" in said and "lowest mean recall over heads" in said
     assert (tmp_path / "out" / "recall.png").stat().st_size > 5000
-    with pytest.raises(ValueError, match="= 64 covers all 12 tokens"):
-        script.main(arguments("--dataset", str(material / "text"), "--length", "12"))
 
 
-# ---- refusals that all scripts share -------------------------------------------------------------------------------
+# ---- outputs of another run ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("name", "more"),
+    ("name", "module", "function", "line", "more", "calls", "other"),
     [
-        ("eval_needle", ["--lengths", "4096"]),
-        ("eval_ruler", ["--lengths", "4096", "--words", "words.txt"]),
-        ("eval_position_loss", ["--length", "4096"]),
-        ("eval_granularity", ["--length", "4096"]),
-        ("eval_recall", ["--length", "4096"]),
+        ("eval_position_loss", position_loss, "token_losses", ["--length", "100"], ["--sequences", "3"], (6, 3),
+         ["--hybrid_layers", "0"]),
+        ("eval_granularity", position_loss, "token_losses", ["--length", "128", "--splits", "2/8"],
+         ["--splits", "2/8", "4/16"], (4, 2), ["--length", "120"]),
+        ("eval_recall", recall, "measure", ["--length", "100", "--suggest", "1"],
+         ["--sequences", "3", "--suggest", "2"], (2, 1), ["--queries", "9"]),
     ],
-)
-def test_beyond_the_models_positions(name, more, material, arguments, monkeypatch):
+)  # fmt: skip
+def test_runs_go_on_and_keep_those_of_other_settings(
+    name, module, function, line, more, calls, other, material, arguments, tmp_path, monkeypatch
+):
+    script, original, made = load_script(name), getattr(module, function), []
+    stop_after = 1
+
+    def counting(*given, **options):
+        if len(made) >= stop_after:
+            raise KeyboardInterrupt
+        made.append(name)
+        return original(*given, **options)
+
+    monkeypatch.setattr(module, function, counting)
+    line = arguments("--dataset", str(material / "text"), "--sequences", "2", *line)
+    with pytest.raises(KeyboardInterrupt):
+        script.main(line)
+    stop_after = 100
+    first = script.main(line)
+    assert len(made) == calls[0], "what was measured before the interruption is not measured again"
+    assert script.main(line) == first and len(made) == calls[0]
+    script.main([*line, *more])
+    assert len(made) == sum(calls), "what is asked for in addition joins the log"
+    files = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(
+        ValueError, match=rf"holds results of another run \({other[0][2:]} was .* and now is .*output_dir"
+    ):
+        script.main([*line, *other])
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == files
+    made.clear()
+    fresh = arguments(*line[4:], "--output_dir", str(tmp_path / "fresh"))
+    assert script.main(fresh) == first, "an interruption changes nothing"
+
+
+def test_another_model_in_the_same_folder_is_another_run(material, arguments, tmp_path):
+    script, line = load_script("eval_granularity"), ["--dataset", str(material / "text"), "--length", "128"]
+    line = arguments(*line, "--sequences", "1", "--splits", "2/8", "--model_name_or_path", str(tmp_path / "model"))
+    for seed in (0, 1):
+        model = tiny_model(vocab_size=257, max_position_embeddings=2048)
+        torch.nn.init.normal_(model.model.norm.weight, generator=torch.Generator().manual_seed(seed))
+        model.save_pretrained(tmp_path / "model")
+        byte_tokenizer().save_pretrained(tmp_path / "model")
+        if seed == 0:
+            script.main(line)
+    with pytest.raises(ValueError, match="weights was '.*' and now is '"):
+        script.main(line)
+
+
+# ---- refusals, before the weights are loaded -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Whatever loads a model's weights fails the test."""
+
+    def loads(*_, **__):
+        raise AssertionError("the weights were loaded before the arguments were checked")
+
+    monkeypatch.setattr(checkpoint.AutoModelForCausalLM, "from_pretrained", loads)
+
+
+def needs_words(*more):
+    return ("--words", "words.txt", *more)
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "message"),
+    [
+        ("eval_needle", ["--lengths", "4096"], "length 4096 is above the model's 2048 positions"),
+        ("eval_ruler", needs_words("--lengths", "4096"), "length 4096 is above the model's 2048 positions"),
+        ("eval_position_loss", ["--length", "4096"], "length 4096 is above the model's 2048 positions"),
+        ("eval_granularity", ["--length", "4096"], "length 4096 is above the model's 2048 positions"),
+        ("eval_recall", ["--length", "4096"], "length 4096 is above the model's 2048 positions"),
+        ("eval_needle", ["--haystack", "empty.txt", "--lengths", "400"], "haystack is empty"),
+        ("eval_needle", ["--lengths", "400", "90"], r"lengths must be at least \d+, for question.*but one is 90"),
+        ("eval_needle", ["--batch_size", "0"], "batch_size must be at least 1, but was 0"),
+        ("eval_needle", ["--batch_size", "-1"], "batch_size must be at least 1, but was -1"),
+        ("eval_needle", ["--prefill_chunk_size", "0"], "prefill_chunk_size must be at least 1, but was 0"),
+        ("eval_needle", ["--depths", "0", "0"], "depths must be different numbers"),
+        ("eval_ruler", needs_words("--batch_size", "0"), "batch_size must be at least 1, but was 0"),
+        ("eval_ruler", needs_words("--batch_size", "-1"), "batch_size must be at least 1, but was -1"),
+        ("eval_ruler", needs_words("--samples", "0"), "samples must be at least 1, but was 0"),
+        ("eval_ruler", needs_words("--lengths", "9", "9"), r"lengths must be different ones.*but were \[9, 9\]"),
+        ("eval_ruler", needs_words("--tasks", "nih"), "unknown RULER task: nih; the tasks are all, niah_single_1"),
+        ("eval_ruler", needs_words("--tasks", "qa_1"), "qa_1 needs the SQuAD 2.0"),
+        ("eval_ruler", needs_words("--lengths", "2000", "900", "--tasks", "fwe", "vt", "cwe", "--samples", "2"),
+         r"lengths: cwe needs 1677 tokens and has 900; take longer ones, or name the tasks that fit"),
+        ("eval_ruler", needs_words("--lengths", "300", "--tasks", "vt", "cwe", "--samples", "2"),
+         r"lengths: vt needs \d+ tokens and has 300; cwe needs \d+ tokens and has 300; take longer ones"),
+        ("eval_position_loss", ["--hybrid_layers", "-1", "99"], r"hybrid_layers must lie in -3 … 2 .*had \[99\]"),
+        ("eval_position_loss", ["--hybrid_layers", "-4"], r"hybrid_layers must lie in -3 … 2 .*had \[-4\]"),
+        ("eval_position_loss", ["--trailing_tokens", "100"], "trailing_tokens must be at least 1 and at most 99"),
+        ("eval_position_loss", ["--sequences", "0"], "sequences must be at least 1, but was 0"),
+        ("eval_position_loss", ["--window", "0"], "window must be at least 1, but was 0"),
+        ("eval_position_loss", ["--length", "1000"], "none of the 4 documents has 1000 tokens"),
+        ("eval_granularity", ["--splits", "9/8"], "as in 2/8, but was '9/8'"),
+        ("eval_granularity", ["--splits", "2/7"], "cannot be cut into 7 equal blocks"),
+        ("eval_granularity", ["--length", "1"], "length must be at least 2, but was 1"),
+        ("eval_recall", ["--suggest", "4"], r"suggest must be 1 … 3, .*but was 4"),
+        ("eval_recall", ["--suggest", "0"], "suggest must be at least 1, but was 0"),
+        ("eval_recall", ["--length", "64"], "= 64 covers all 64 tokens"),
+        *[(name, ["--moba", '{"top_k": 4'], r"moba must be JSON, as in .*but was '\{\"top_k\": 4' \(.*line 1 column")
+          for name in ("eval_needle", "eval_ruler", "eval_position_loss", "eval_granularity", "eval_recall")],
+    ],
+)  # fmt: skip
+def test_refused_before_any_work(name, more, message, material, arguments, monkeypatch, no_weights):
     monkeypatch.chdir(material)
-    with pytest.raises(ValueError, match="length 4096 is above the model's 2048 positions"):
-        load_script(name).main(arguments(*more))
+    of_text = name in ("eval_position_loss", "eval_granularity", "eval_recall")
+    line = arguments(*(["--dataset", "text", "--length", "100"] if of_text else []), *more)
+    with pytest.raises(ValueError, match=message):
+        load_script(name).main(line)
 
 
-def test_without_moba_settings_and_without_text(material, tmp_path, arguments):
+def test_layers_that_slide_are_not_suggested(tmp_path, arguments, material, no_weights):
+    """Gemma 3 has one full layer in so many: only those can be measured."""
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    config = tiny_config("gemma3_text", num_hidden_layers=3, layer_types=kinds, sliding_window=8, vocab_size=257)
+    config.save_pretrained(tmp_path / "sliding")
+    line = arguments("--dataset", str(material / "text"), "--length", "100", "--suggest", "2")
+    with pytest.raises(ValueError, match="suggest must be 1 … 1, the layers that can be measured, but was 2"):
+        load_script("eval_recall").main([*line, "--model_name_or_path", str(tmp_path / "sliding")])
+
+
+def test_without_moba_settings(material, tmp_path, arguments, monkeypatch):
     plain = save_checkpoint(tmp_path / "plain", positions=2048)
     config = json.loads((tmp_path / "plain" / "config.json").read_text())
     del config["moba"]
     (tmp_path / "plain" / "config.json").write_text(json.dumps(config))
-    script = load_script("eval_needle")
-    line = ["--model_name_or_path", plain, "--output_dir", str(tmp_path / "out"), *needle_line(material)]
-    with pytest.raises(ValueError, match=r"no MoBA settings.*--moba"):
-        script.main(line)
-    report = script.main([*line, "--lengths", "400", "--new_tokens", "1", "--moba", '{"block_size": 8, "top_k": 2}'])
+    monkeypatch.chdir(material)
+    line = arguments("--model_name_or_path", plain)
+    text = ["--dataset", "text", "--length", "128", "--trailing_tokens", "8"]
+    asked = {"eval_needle": needle_line(material), "eval_ruler": needs_words("--lengths", "2000", "--samples", "1"),
+             "eval_position_loss": text, "eval_recall": text[:4]}  # fmt: skip
+    for name, more in asked.items():
+        with pytest.raises(ValueError, match=r"no MoBA settings.*--moba"):
+            load_script(name).main([*line, *more])
+    given = ["--lengths", "400", "--new_tokens", "1", "--moba", '{"block_size": 8, "top_k": 2}']
+    report = load_script("eval_needle").main([*line, *asked["eval_needle"], *given])
     assert report["settings"]["moba"]["block_size"] == 8
-    with pytest.raises(ValueError, match="haystack is empty"):
-        script.main(arguments(*needle_line(material), "--haystack", str(material / "empty.txt")))
+    load_script("eval_granularity").main([*line, *text, "--splits", "2/8"])  # brings settings of its own
+
+
+def test_missing_files(arguments, no_weights):
     with pytest.raises(FileNotFoundError, match="no such file"):
-        script.main(arguments("--haystack", "missing.txt", "--lengths", "400"))
-    granularity = ["--dataset", str(material / "text"), "--length", "128", "--trailing_tokens", "8", "--splits", "2/8"]
-    load_script("eval_granularity").main(["--model_name_or_path", plain, *line[2:4], *granularity])
+        load_script("eval_needle").main(arguments("--haystack", "missing.txt", "--lengths", "400"))
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load_script("eval_recall").main(arguments("--dataset", "missing.txt", "--length", "100"))
 
 
 def test_words_of():

@@ -92,6 +92,13 @@ def test_python_versions_agree(metadata):
     assert named == {str(minor) for minor in range(30) if f"3.{minor}.0" in allowed} == {"10", "11", "12", "13"}
 
 
+def test_the_eval_extra_brings_what_lm_evals_ruler_imports(metadata):
+    """Without its extra "ruler" (nltk, wonderwords), `moba-hf lm-eval --tasks niah_single_1` stops at an import."""
+    wanted = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
+    (lm_eval,) = (one for one in wanted if one.name == "lm-eval")
+    assert lm_eval.extras == {"hf", "ruler"}
+
+
 def test_extras_lean_on_extras_that_exist(metadata):
     requirements = list(map(Requirement, metadata.get_all("Requires-Dist")))
     extras = set(metadata.get_all("Provides-Extra"))

@@ -1,13 +1,80 @@
-"""Loading a checkpoint to be evaluated; what cannot be evaluated is refused before anything is loaded."""
+"""Opening a checkpoint to be evaluated; what cannot be evaluated is refused before its weights are loaded."""
 
-from collections.abc import Sequence
-from dataclasses import asdict
+import hashlib
+from dataclasses import dataclass
 
 import torch
-import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedConfig, PreTrainedModel
 
 from ..config import MobaConfig, configure
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per element
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that has been looked at, its weights not loaded yet.
+
+    Attributes:
+        location: folder or hub id. gguf_file: GGUF file in it that holds the weights.
+        dtype: of the weights; "auto" as saved.
+        config: the model's, with the MoBA settings in force.
+        settings: those settings.
+    """
+
+    location: str
+    gguf_file: str | None
+    dtype: str
+    config: PreTrainedConfig
+    settings: MobaConfig
+
+    @classmethod
+    def open(
+        cls,
+        location: str,
+        *,
+        longest: int,
+        gguf_file: str | None = None,
+        dtype: str = "float32",
+        moba: dict | None = None,
+        needs_settings: bool = True,
+    ) -> "Checkpoint":
+        """Read the config alone, and check it.
+
+        Args:
+            longest: tokens of the longest sequence to come.
+            moba: fields of MobaConfig that replace the checkpoint's settings.
+            needs_settings: False where the measurement brings block size and top-k of its own.
+
+        Raises:
+            ValueError: as `check` does.
+        """
+        config = AutoConfig.from_pretrained(location, gguf_file=gguf_file)
+        settings = check(config, longest=longest, moba=moba, needs_settings=needs_settings)
+        return cls(location, gguf_file, dtype, config, settings)
+
+    @property
+    def full_causal_layers(self) -> int:
+        """How many layers attend all that is before them where MoBA is off: neither sliding nor linear ones."""
+        config = self.config.get_text_config(decoder=True)
+        kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+        return list(kinds).count("full_attention")
+
+    def tokenizer(self):
+        return AutoTokenizer.from_pretrained(self.location, gguf_file=self.gguf_file)
+
+    def model(self) -> PreTrainedModel:
+        """The model with attn_implementation "moba", ready to be measured, on the GPU where there is one."""
+        unpack = {"quantization_config": GgufConfig(dequantize=True)} if self.gguf_file else {}
+        model = AutoModelForCausalLM.from_pretrained(
+            self.location,
+            gguf_file=self.gguf_file,
+            config=self.config,
+            dtype=self.dtype,
+            attn_implementation="moba",
+            **unpack,
+        )
+        return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def check(
@@ -36,49 +103,24 @@ def check(
     return configure(config)
 
 
-def load(
-    location: str,
-    *,
-    longest: int,
-    gguf_file: str | None = None,
-    dtype: str = "float32",
-    moba: dict | None = None,
-    needs_settings: bool = True,
-):
-    """(model, tokenizer) ready to be measured, on the GPU where there is one.
+def load(location: str, **options):
+    """(model, tokenizer) of `Checkpoint.open(location, **options)`: for those who have nothing to check in between."""
+    checkpoint = Checkpoint.open(location, **options)
+    return checkpoint.model(), checkpoint.tokenizer()
 
-    Args:
-        location: folder or hub id.
-        longest: tokens of the longest sequence to come.
-        gguf_file: GGUF file in it that holds the weights.
-        dtype: of the weights; "auto" as saved.
-        moba: fields of MobaConfig that replace the checkpoint's settings.
-        needs_settings: False where the measurement brings block size and top-k of its own.
 
-    Raises:
-        ValueError: as `check` does.
+def weights_digest(model: PreTrainedModel) -> str:
+    """Sixteen hex digits that tell these weights from others, as those of the same folder after more training.
+
+    Of every parameter the bits are summed as integers: exact in any order, so the same on every device.
     """
-    config = AutoConfig.from_pretrained(location, gguf_file=gguf_file)
-    check(config, longest=longest, moba=moba, needs_settings=needs_settings)
-    unpack = {"quantization_config": GgufConfig(dequantize=True)} if gguf_file else {}
-    model = AutoModelForCausalLM.from_pretrained(
-        location, gguf_file=gguf_file, config=config, dtype=dtype, attn_implementation="moba", **unpack
-    )
-    tokenizer = AutoTokenizer.from_pretrained(location, gguf_file=gguf_file)
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    sums = [
+        (name, weight.detach().view(_INTEGERS[weight.element_size()]).sum(dtype=torch.int64).item())
+        for name, weight in model.named_parameters()
+    ]
+    return digest(sums)
 
 
-def describe(model: PreTrainedModel, name: str, arguments: object, leave_out: Sequence[str] = ("output_dir",)) -> dict:
-    """What was measured, for the record: the model, its MoBA settings, whether it was trained with them, versions, and
-    the script's arguments (a dataclass) but for those that change nothing in a result."""
-    config = model.config.get_text_config(decoder=True)
-    return {
-        "model": name,
-        "parameters": model.num_parameters(),
-        "moba": config.moba,
-        "moba_trained_tokens": getattr(model.config, "moba_trained_tokens", None) or 0,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(model.device),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        **{name: value for name, value in asdict(arguments).items() if name not in leave_out},
-    }
+def digest(content: object) -> str:
+    """Sixteen hex digits that tell a content (of plain values) from others."""
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]

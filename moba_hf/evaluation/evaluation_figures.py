@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .figures import FULL, MOBA, STYLE
+from .figures import DARK, FULL, HEAT, MOBA, STYLE
 from .recall import Mass
 
 HYBRID = "#009E73"
@@ -31,7 +31,8 @@ def needle_figure(
     *,
     title: str = "",
 ) -> Figure:
-    """Length × depth grids, dark where the needle was not found; side by side, or wide ones stacked.
+    """Length × depth grids, dark red where the needle was not found, light green where it was; side by side, or wide
+    ones stacked.
 
     Args:
         tables: mode → mean score, 0 … 1, [depth][length]; None where nothing was measured.
@@ -44,8 +45,8 @@ def needle_figure(
         panels = figure.subplots(*shape, sharex=True, sharey=True, squeeze=False).flatten()
         for panel, (mode, table) in zip(panels, tables.items(), strict=True):
             values = np.array([[np.nan if v is None else 100 * v for v in row] for row in table])
-            image = panel.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto")
-            _write_values(panel, values, dark=lambda value: value < 50)
+            image = panel.imshow(values, cmap=HEAT, vmin=0, vmax=100, aspect="auto")
+            _write_values(panel, values)
             panel.set_xticks(range(len(lengths)), [_thousands(n) for n in lengths], rotation=90)
             panel.set_yticks(range(len(depths)), [f"{depth} %" for depth in depths])
             found = f"{np.nanmean(values):.0f} % found" if np.isfinite(values).any() else "not measured"
@@ -160,9 +161,9 @@ def recall_figure(layers: Mapping[int, Mass], suggested: Sequence[int], *, title
     with matplotlib.rc_context(_HEAT):
         figure = Figure(figsize=(max(4.5, 0.42 * values.shape[1] + 1.5) + 4, 0.19 * len(numbers) + 2))
         left, right = figure.subplots(1, 2, width_ratios=[max(4.5, 0.42 * values.shape[1] + 1.5), 4])
-        image = left.imshow(values, cmap="cividis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        image = left.imshow(values, cmap=HEAT, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
         if values.shape[1] <= 16:
-            _write_values(left, 100 * values, dark=lambda value: value < 50)
+            _write_values(left, 100 * values)
         marked = [f"{n} ◂" if n in suggested else str(n) for n in numbers]
         left.set_yticks(range(len(numbers)), marked, fontsize=8)
         left.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -184,12 +185,12 @@ def _recall_means(panel, layers: Mapping[int, Mass], numbers: Sequence[int]) -> 
     panel.grid(visible=True)
 
 
-def _write_values(panel, values: np.ndarray, *, dark) -> None:
-    """The value in every cell; white where `dark` says that the cell is."""
+def _write_values(panel, values: np.ndarray) -> None:
+    """The percent in every cell; white where the cell is dark."""
     size = 8 if values.shape[1] <= 16 else 6
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
-            color = "white" if dark(value) else "black"
+            color = "white" if value < 100 * DARK else "black"
             panel.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=size, color=color)
 
 

@@ -1,4 +1,5 @@
-"""Every figure in one style. Colours are Okabe and Ito's, which colour-blind readers can tell apart.
+"""Every figure in one style. Colours are Okabe and Ito's, which colour-blind readers can tell apart; those of heat maps
+run from red over yellow to green, and get lighter all the way, so that grey tells low from high too.
 
 Each function returns a matplotlib Figure that belongs to no window; `save` writes it.
 """
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -16,6 +17,10 @@ from matplotlib.patches import Patch
 from .routing import Routing
 
 FULL, MOBA = "#0072B2", "#D55E00"
+HEAT = LinearSegmentedColormap.from_list(
+    "heat", [(0.0, "#5C0A14"), (0.23, "#A32020"), (0.46, "#D2642A"), (0.69, "#D9AE32"), (1.0, "#A8EC9C")]
+)
+DARK = 0.4  # below it white writing on HEAT has more contrast than black
 STYLE = {
     "font.size": 10,
     "axes.titlesize": 11,

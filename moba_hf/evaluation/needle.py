@@ -61,6 +61,12 @@ def passcode(grid: Grid, length: int, depth: int, sample: int) -> str:
     return str(random.Random(f"{grid.seed}/{length}/{depth}/{sample}").randrange(10**6, 10**7))
 
 
+def check_text(text: str) -> None:
+    """ValueError where there is nothing to hide a needle in."""
+    if not text.strip():
+        raise ValueError("the haystack is empty: give a text to hide the needle in")
+
+
 class Haystack:
     """A text to hide needles in, cut to any number of tokens; repeated where it is too short.
 
@@ -73,8 +79,7 @@ class Haystack:
     """
 
     def __init__(self, tokenizer, text: str):
-        if not text.strip():
-            raise ValueError("the haystack is empty: give a text to hide the needle in")
+        check_text(text)
         self.tokenizer = tokenizer
         before, after = in_chat(tokenizer)
         self._head = encode(tokenizer, before + _HEAD, start=True)
@@ -86,16 +91,32 @@ class Haystack:
         """Tokens before it repeats."""
         return sum(map(len, self._sentences))
 
+    def check(self, grid: Grid) -> None:
+        """ValueError where the shortest length has no room for question, needle and answer."""
+        shortest = grid.lengths[0]
+        numbers = [passcode(grid, *cell) for cell in grid.cells() if cell[0] == shortest]
+        needed = max(map(self._without_hay, numbers)) + 1 + grid.new_tokens
+        if needed > shortest:
+            raise ValueError(
+                f"lengths must be at least {needed}, for question, needle and answer, but one is {shortest}"
+            )
+
+    def _without_hay(self, number: str) -> int:
+        return len(self._head) + len(self._needle(number)) + len(self._tail)
+
+    def _needle(self, number: str) -> list[int]:
+        return encode(self.tokenizer, _NEEDLE.format(number=number), start=False)
+
     def prompt(self, number: str, *, tokens: int, depth: int) -> list[int]:
         """A prompt of exactly `tokens` tokens with the needle after the last sentence that ends within `depth` percent.
 
         Raises:
             ValueError: there is no room for question and needle.
         """
-        needle = encode(self.tokenizer, _NEEDLE.format(number=number), start=False)
-        room = tokens - len(self._head) - len(needle) - len(self._tail)
+        needle = self._needle(number)
+        room = tokens - self._without_hay(number)
         if room < 1:
-            raise ValueError(f"{tokens} tokens are too few: the question alone takes {tokens - room}")
+            raise ValueError(f"{tokens} tokens are too few: question and needle alone take {tokens - room}")
         hay, ends = [], [0]
         for sentence in cycle(self._sentences):
             if len(hay) + len(sentence) > room:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from .checkpoint import digest
 from .modes import Mode, running
+from .result_log import ResultLog
 
 _LOGITS = 2**27  # elements of fp32 logits held at once: 512 MB
 
@@ -132,22 +134,31 @@ def full_length(documents: Iterable[Sequence[int]], length: int, sequences: int)
     return torch.tensor([piece for *_, piece in sorted(pieces)[:sequences]]), short
 
 
-def measure(
-    model: PreTrainedModel, sequences: torch.Tensor, modes: Sequence[Mode]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """(mode's name, float32 [1, length − 1]) for each sequence and mode, as they are measured.
+def missing(
+    results: Iterable[dict], sequences: torch.Tensor, modes: Sequence[Mode]
+) -> list[tuple[str, torch.Tensor, Mode]]:
+    """(name, tokens, mode) of what `measure` has to do yet. A sequence's name is made of its tokens, so that a log can
+    be gone on with when more of them are asked for."""
+    done = {(result["sequence"], result["mode"]) for result in results}
+    rows = {digest(row.tolist()): row for row in sequences}
+    return [(name, row, mode) for name, row in rows.items() for mode in modes if (name, mode.name) not in done]
 
-    sequences: int64 [sequences, length], one document each.
+
+def measure(model: PreTrainedModel, sequences: torch.Tensor, modes: Sequence[Mode], log: ResultLog) -> Iterator[None]:
+    """Measure every sequence in every mode, but for what the log has; yields after each. Losses are kept to 1e-6.
+
+    Args:
+        sequences: int64 [sequences, length], one document each.
     """
-    for row in sequences:
-        for mode in modes:
-            with running(model, mode):
-                yield mode.name, token_losses(model, row[None].to(model.device)).cpu()
+    for name, row, mode in missing(log.results, sequences, modes):
+        with running(model, mode):
+            losses = token_losses(model, row[None].to(model.device))[0].tolist()
+        log.add([{"sequence": name, "mode": mode.name, "losses": [round(loss, 6) for loss in losses]}])
+        yield
 
 
-def collect(measured: Iterable[tuple[str, torch.Tensor]]) -> dict[str, HeldOutLoss]:
-    """What `measure` yields, by mode."""
-    rows: dict[str, list[torch.Tensor]] = {}
-    for name, losses in measured:
-        rows.setdefault(name, []).append(losses)
-    return {name: HeldOutLoss(torch.cat(losses)) for name, losses in rows.items()}
+def collect(results: Iterable[dict], sequences: torch.Tensor, modes: Sequence[Mode]) -> dict[str, HeldOutLoss]:
+    """The losses of these sequences, by mode, out of what `measure` has logged."""
+    losses = {(result["sequence"], result["mode"]): result["losses"] for result in results}
+    names = [digest(row.tolist()) for row in sequences]
+    return {mode.name: HeldOutLoss(torch.tensor([losses[name, mode.name] for name in names])) for mode in modes}

@@ -56,16 +56,12 @@ def measure(
         Layer number → Mass.
 
     Raises:
-        ValueError: the document is so short that MoBA would see all of it, or no layer could be measured.
+        ValueError: as `sparse_from` does; or more than one document, or no layer could be measured.
     """
-    sight = settings.block_size * settings.top_k
     length = input_ids.shape[1]
     if input_ids.shape[0] != 1:
         raise ValueError(f"input_ids must be one sequence [1, length], but was {tuple(input_ids.shape)}")
-    if length <= sight:
-        raise ValueError(
-            f"block_size · top_k = {sight} covers all {length} tokens: MoBA is full attention there; take longer text"
-        )
+    sight = sparse_from(settings, length)
     positions = torch.linspace(sight, length - 1, min(queries, length - sight)).long()
     look = _Look(lambda query, key, scale: mass(query, key, positions, scale, settings))
     hooks = [
@@ -82,6 +78,20 @@ def measure(
     if not look.layers:
         raise ValueError("the model has no layer of plain causal attention that scaled_dot_product_attention computes")
     return look.layers
+
+
+def sparse_from(settings: MobaConfig, length: int) -> int:
+    """The first position of a document that has more past blocks than it can select.
+
+    Raises:
+        ValueError: the document is so short that MoBA would see all of it.
+    """
+    sight = settings.block_size * settings.top_k
+    if length <= sight:
+        raise ValueError(
+            f"block_size · top_k = {sight} covers all {length} tokens: MoBA is full attention there; take longer text"
+        )
+    return sight
 
 
 class _Look(TorchFunctionMode):
@@ -144,14 +154,19 @@ def _sum_blocks(weights: torch.Tensor, block_size: int) -> torch.Tensor:
     return torch.nn.functional.pad(weights, (0, missing)).unflatten(-1, (-1, block_size)).sum(-1)
 
 
+def check_number(number: int, layers: int) -> None:
+    """ValueError where `number` of `layers` layers cannot be suggested."""
+    if not 1 <= number <= layers:
+        raise ValueError(f"suggest must be 1 … {layers}, the layers that can be measured, but was {number}")
+
+
 def suggest(layers: dict[int, Mass], number: int) -> Suggestion:
     """The `number` layers where MoBA's selection misses most of full attention's mass, and the figures behind it.
 
     Raises:
-        ValueError: `number` is not between 1 and the number of layers.
+        ValueError: as `check_number` does.
     """
-    if not 1 <= number <= len(layers):
-        raise ValueError(f"the number of layers to suggest must be 1 … {len(layers)}, but was {number}")
+    check_number(number, len(layers))
     recall = {layer: part.selected.mean().item() for layer, part in layers.items()}
     lowest = sorted(recall, key=lambda layer: (recall[layer], -layer))[:number]
     rest = [recall[layer] for layer in recall if layer not in lowest] or [float("nan")]
@@ -162,6 +177,19 @@ def suggest(layers: dict[int, Mass], number: int) -> Suggestion:
         f"missed need not raise the loss: compare the loss with scripts/eval_position_loss.py --hybrid_layers "
         f"{' '.join(map(str, sorted(lowest)))}. (The paper keeps the last three layers full.)",
     )
+
+
+def to_dict(layers: dict[int, Mass]) -> dict[str, dict[str, list[float]]]:
+    """As JSON can hold it."""
+    return {
+        str(number): {field.name: getattr(layers[number], field.name).tolist() for field in fields(Mass)}
+        for number in sorted(layers)
+    }
+
+
+def from_dict(layers: dict[str, dict[str, list[float]]]) -> dict[int, Mass]:
+    """The inverse of `to_dict`."""
+    return {int(number): Mass(**{name: torch.tensor(x) for name, x in of.items()}) for number, of in layers.items()}
 
 
 def average(measured: Sequence[dict[int, Mass]]) -> dict[int, Mass]:

@@ -1,6 +1,7 @@
 """Results of a long measurement, kept as they come, so that an interrupted one goes on where it stopped."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 
@@ -10,6 +11,7 @@ class ResultLog:
     Args:
         path: the file; it and its folder are made where they do not exist.
         settings: what is being measured, in plain JSON values.
+        leave_out: settings that change no result, but only which of them are asked for: they may differ.
 
     Attributes:
         results: everything measured so far, by this run and those before it.
@@ -18,9 +20,9 @@ class ResultLog:
         ValueError: the file holds results of other settings: they do not belong into one figure.
     """
 
-    def __init__(self, path: Path, settings: dict):
+    def __init__(self, path: Path, settings: dict, leave_out: Collection[str] = ()):
         self.path, self.results = path, []
-        settings = json.loads(json.dumps(settings))
+        settings = json.loads(json.dumps({name: value for name, value in settings.items() if name not in leave_out}))
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
         if lines and not lines[-1].endswith("\n"):
             lines.pop()  # cut off in the middle of writing

@@ -190,6 +190,20 @@ class Writer:
         self.tokenizer, self.material, self.seed = tokenizer, material, seed
         self._before, self._after = in_chat(tokenizer)
 
+    def check(self, tasks: Sequence[Task], lengths: Sequence[int], samples: int) -> None:
+        """ValueError, naming them all, where a task's smallest samples do not fit into a length."""
+        misfits = [
+            f"{task.name} needs {needed} tokens and has {length}"
+            for length, task in itertools.product(lengths, tasks)
+            if (needed := self._needed(task, length, samples)) > length
+        ]
+        if misfits:
+            raise ValueError(f"lengths: {'; '.join(misfits)}; take longer ones, or name the tasks that fit")
+
+    def _needed(self, task: Task, length: int, samples: int) -> int:
+        """Tokens of the largest among the smallest samples, answer included."""
+        return task.new_tokens + max(len(self._make(task, length, i, task.least)[1]) for i in range(samples))
+
     def write(self, task: Task, length: int, samples: int) -> Iterator[tuple[Sample, list[int]]]:
         """(sample, prompt tokens) `samples` times, always the same ones.
 

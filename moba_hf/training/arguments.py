@@ -52,8 +52,7 @@ class ModelArguments:
             raise ValueError("model_name_or_path is missing: name a hub id, a local folder or package:NAME")
         _check_range("sequence_parallel_size", self.sequence_parallel_size, 1, None)
         for name in ("moba", "lora"):
-            if isinstance(getattr(self, name), str):
-                setattr(self, name, json.loads(getattr(self, name)))
+            setattr(self, name, _from_json(name, getattr(self, name)))
         if self.moba is not None:
             self.moba = MobaConfig.from_dict(self.moba).to_dict()
 
@@ -119,10 +118,27 @@ class StageArguments:
 
     def __post_init__(self):
         for name in ("rope", "schedule"):
-            if isinstance(getattr(self, name), str):
-                setattr(self, name, json.loads(getattr(self, name)))
+            setattr(self, name, _from_json(name, getattr(self, name)))
         Schedule.from_list(self.schedule)
         _check_range("recall_steps", self.recall_steps, 0, None)
+
+
+def _from_json(name: str, given):
+    """What a text says in JSON; anything else as it is. ValueError, naming the argument, where it is no JSON."""
+    if not isinstance(given, str):
+        return given
+    try:
+        return json.loads(given)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} must be JSON, as in '{_JSON_EXAMPLES[name]}', but was {given!r} ({error})") from None
+
+
+_JSON_EXAMPLES = {
+    "moba": '{"block_size": 64, "top_k": 4}',
+    "lora": '{"r": 8}',
+    "rope": '{"method": "interpolate", "factor": 2}',
+    "schedule": '[{"mode": "moba", "share": 0.9}, {"mode": "full"}]',
+}
 
 
 def _check_range(name: str, value: int, low: int, high: int | None) -> None:
