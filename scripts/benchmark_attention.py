@@ -24,6 +24,7 @@ import csv
 import ctypes
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         return []
     missing: list[dict] = []
     rows = [row for length in options.lengths for row in compare(options, length, missing)]
-    print(*filter(None, (table(rows), crossing(rows), absences(missing))), sep="\n")
+    print(*filter(None, (conditions(), table(rows), crossing(rows), absences(missing))), sep="\n")
     if options.output:
         write(options, rows, missing)
     return rows
@@ -252,6 +253,12 @@ def _resident_kb(field: str) -> int:
 # ---- results -------------------------------------------------------------------------------------------------------
 
 
+def conditions() -> str:
+    """What the times depend on beside the machine: waiting threads spin or sleep as OMP_WAIT_POLICY says."""
+    waiting = os.environ.get("OMP_WAIT_POLICY", "not set")
+    return f"torch {torch.__version__}, {torch.get_num_threads()} threads, OMP_WAIT_POLICY {waiting}\n"
+
+
 def table(rows: list[dict]) -> str:
     """Markdown; the ratio is the fastest dense time over this contender's. A cell is empty where nothing was timed."""
     columns = {
@@ -300,7 +307,7 @@ def write(options, rows: list[dict], missing: list[dict]) -> None:
     # JSON has no NaN
     known = [{name: None if value != value else value for name, value in row.items()} for row in rows]
     result = {"settings": settings, "torch": torch.__version__, "threads": torch.get_num_threads(), "rows": known,
-              "not_run": missing}  # fmt: skip
+              "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"), "not_run": missing}  # fmt: skip
     (options.output / "results.json").write_text(json.dumps(result, indent=1, allow_nan=False))
     with (options.output / "results.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")

@@ -45,18 +45,22 @@ def problem(**changes) -> Problem:
 # ---- the run as a whole --------------------------------------------------------------------------------------------
 
 
-def test_rows_files_and_figures(script, tmp_path, capsys):
+def test_rows_files_and_figures(script, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
     rows = script.main([*SMALL, *ALONE, "--output", str(tmp_path)])
     assert [(r["length"], r["contender"]) for r in rows] == [(512, "dense"), (512, "blockwise")]
     dense, moba = rows
     assert dense["forward_ratio"] == dense["both_ratio"] == 1
     assert 0 < moba["select_s"] and dense["select_s"] != dense["select_s"]  # NaN: dense attention routes nothing
     assert moba["both_s"] > 0 and moba["peak_mb"] >= 0
-    assert capsys.readouterr().out.count("faster than dense attention") == 2  # forward, and with backward
+    said = capsys.readouterr().out
+    assert said.count("faster than dense attention") == 2  # forward, and with backward
+    assert "OMP_WAIT_POLICY PASSIVE" in said
     with (tmp_path / "results.csv").open() as file:
         assert [row["contender"] for row in csv.DictReader(file)] == [r["contender"] for r in rows]
     written = json.loads((tmp_path / "results.json").read_text())
     assert written["settings"]["block_size"] == 64 and written["not_run"] == []
+    assert written["omp_wait_policy"] == "PASSIVE"
     assert (tmp_path / "time.png").stat().st_size and (tmp_path / "memory.png").stat().st_size
 
 

@@ -40,32 +40,32 @@ def select(query, key, cu_seqlens_q, cu_seqlens_k, block_size: int, slots: int) 
 
 
 def _select_in_sequence(query, key, span: Span, block_size: int, selected: torch.Tensor) -> None:
-    heads, kv_heads, slots = query.shape[1], key.shape[1], selected.shape[2]
+    heads, slots = query.shape[1], selected.shape[2]
     last_candidates = (span.key_length - 1) // block_size
     if last_candidates == 0:
         return
     means = block_means(key[span.key_start : span.key_end], block_size)
     wide = torch.promote_types(key.dtype, torch.float32)
-    means = means[:last_candidates].to(wide).permute(1, 2, 0)  # [kv_heads, head_dim, blocks]
+    means = means[:last_candidates].to(wide).permute(1, 2, 0)
+    means = means.repeat_interleave(heads // key.shape[1], 0)  # [heads, head_dim, blocks]
     step = max(1, _RANGE_BYTES // (heads * last_candidates * means.element_size()))
     for start in range(0, span.query_length, step):
         stop = min(start + step, span.query_length)
         position = torch.arange(span.first_position + start, span.first_position + stop, device=query.device)
-        candidates = (position // block_size).repeat_interleave(heads // kv_heads)  # one row per (token, head of group)
+        candidates = position // block_size
         least, most = ((span.first_position + row) // block_size for row in (start, stop - 1))
         if most == 0:
             continue
         rows = slice(span.query_start + start, span.query_start + stop)
-        q = query[rows].to(wide).unflatten(1, (kv_heads, -1)).transpose(0, 1).flatten(1, 2)
-        blocks = top_blocks(q @ means[..., :most].flip(-1), candidates, slots, least)
-        blocks = blocks.unflatten(1, (stop - start, -1)).transpose(0, 1).flatten(1, 2)
+        scores = query[rows].to(wide).transpose(0, 1) @ means[..., :most].flip(-1)
+        blocks = top_blocks(scores, candidates, slots, least).transpose(0, 1)
         selected[rows, :, : blocks.shape[-1]] = blocks
 
 
 def top_blocks(scores: torch.Tensor, candidates: torch.Tensor, slots: int, least: int) -> torch.Tensor:
-    """The best `slots` of the candidate blocks: ascending block numbers, then −1; int32 [kv_heads, rows, ≤ slots].
+    """The best `slots` of the candidate blocks: ascending block numbers, then −1; int32 [heads, rows, ≤ slots].
 
-    scores: [kv_heads, rows, blocks], the newest block first; overwritten. candidates: int [rows], how many of the
+    scores: [heads, rows, blocks], the newest block first; overwritten. candidates: int [rows], how many of the
     oldest blocks each row may choose, at least `least`. Of equal scores the newer block wins.
     """
     blocks = scores.shape[-1]

@@ -23,6 +23,7 @@ from .tiles import Accumulators, Tile, attend, attend_backward, own_block_tiles,
 _TABLE_BYTES = 48 << 20
 _MOST_ROWS = 8192  # rows gathered at a time: bounds the buffers where many queries choose one block
 _FEWEST_ROWS = 64  # worth a thread of their own in the backward
+_LONGEST_SUM = 3072  # rows in a piece: the gradients of a block's keys lose digits in longer sums
 
 
 def unavailable() -> None:
@@ -211,7 +212,7 @@ def _blocks(rows, counts: list[int], key_starts: list[int], place: int, kv_head:
 
 
 def _buffers(query, count: int) -> list[torch.Tensor]:
-    most = _MOST_ROWS + torch.get_num_threads()  # the last piece of `_pieces` is filled up
+    most = _MOST_ROWS + _MOST_ROWS // _LONGEST_SUM + torch.get_num_threads()  # `_pieces` fills up the last one
     return [query.new_empty(most, query.shape[-1]) for _ in range(count)]
 
 
@@ -223,7 +224,7 @@ def _take(states, pieces, buffer):
 
 
 def _pieces(rows: torch.Tensor) -> torch.Tensor:
-    """The rows cut into equal pieces, one a thread: [pieces, rows a piece]. The last row fills up what is missing.
+    """The rows cut into equal pieces, one or more a thread: [pieces, rows a piece]. The last row fills up the rest.
 
     The CPU kernel's backward shares out (batch, head) alone among its threads. A single one leaves each of its small
     products to all threads in turn: 32 instead of 17 ms for 4600 rows × 512 keys, and far worse on a busy machine. Its
@@ -231,7 +232,7 @@ def _pieces(rows: torch.Tensor) -> torch.Tensor:
     for the other.
     """
     threads = torch.get_num_threads() if rows.device.type == "cpu" else 1
-    count = max(1, min(threads, len(rows) // _FEWEST_ROWS))
+    count = max(1, min(threads, len(rows) // _FEWEST_ROWS)) * -(-len(rows) // (threads * _LONGEST_SUM))
     missing = -len(rows) % count
     return torch.cat([rows, rows[-1:].expand(missing)]).view(count, -1) if missing else rows.view(count, -1)
 
