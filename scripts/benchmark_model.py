@@ -212,7 +212,7 @@ def with_cache(options, model, length: int, ids):
 def filled_cache(options, model, length: int):
     """A cache of random keys and values, as if a prompt of that length had gone through the model."""
     config = model.config.get_text_config(decoder=True)
-    cache = moba_hf.MobaCache(config)  # for both: a DynamicCache would copy itself for each token, which is not attention
+    cache = moba_hf.MobaCache(config)  # a DynamicCache would copy itself for each token, which is not attention
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     shape = (1, config.num_key_value_heads, length, head_dim)
     with torch.no_grad():
