@@ -263,6 +263,15 @@ def test_best_first(machine):
     assert best() == "torch"
 
 
+def test_looks_for_what_is_missing_once(machine, monkeypatch):
+    """Every layer of a model asks; a search for packages that are not there takes as long as a kernel."""
+    machine(9, modules=("torch",))
+    asked, version = [], providers.metadata.version
+    monkeypatch.setattr(providers.metadata, "version", lambda name: asked.append(name) or version(name))
+    assert best() == best() == "torch"
+    assert sorted(asked) == ["flash-attn", "flash-attn-4"]
+
+
 def test_asked_for(machine, monkeypatch):
     machine(9, **EVERYTHING)
     monkeypatch.setenv("MOBA_HF_FLASH_PROVIDER", "torch")

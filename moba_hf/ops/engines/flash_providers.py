@@ -58,27 +58,30 @@ def choose(device: str, dtype: torch.dtype, head_dim: int) -> "Provider":
         raise Unavailable(f"MOBA_HF_FLASH_PROVIDER={asked!r} is unknown; choose one of {(*ORDER, 'kernels')}")
     reasons = []
     for name in (asked,) if asked else ORDER:
-        try:
-            return named(name, dtype, head_dim)
-        except Unavailable as reason:
-            reasons.append(f"{name}: {reason}")
+        found = _find(name, dtype, head_dim)
+        if isinstance(found, Provider):
+            return found
+        reasons.append(f"{name}: {found}")
     raise Unavailable("; ".join(reasons))
 
 
 def named(name: str, dtype: torch.dtype, head_dim: int) -> "Provider":
     """The provider of that name, for tensors like these. Raises Unavailable."""
-    return _load(name).fitting(dtype, head_dim)
+    found = _find(name, dtype, head_dim)
+    if isinstance(found, str):
+        raise Unavailable(found)
+    return found
 
 
 def status(dtype: torch.dtype, head_dim: int) -> dict[str, str | None]:
     """Each provider of `ORDER` on this machine's GPU: None where it computes tensors like these, else why not."""
-    reasons: dict[str, str | None] = dict.fromkeys(ORDER)
-    for name in ORDER:
-        try:
-            named(name, dtype, head_dim)
-        except Unavailable as reason:
-            reasons[name] = str(reason)
-    return reasons
+    found = {name: _find(name, dtype, head_dim) for name in ORDER}
+    return {name: what if isinstance(what, str) else None for name, what in found.items()}
+
+
+def _find(name: str, dtype: torch.dtype, head_dim: int) -> "Provider | str":
+    found = _load(name)
+    return found if isinstance(found, str) else found.unfit(dtype, head_dim) or found
 
 
 class Provider:
@@ -104,12 +107,6 @@ class Provider:
         if head_dim % 8 or head_dim > 256:
             return f"computes head_dim up to 256 in steps of 8, not {head_dim}"
         return None
-
-    def fitting(self, dtype: torch.dtype, head_dim: int) -> "Provider":
-        reason = self.unfit(dtype, head_dim)
-        if reason:
-            raise Unavailable(reason)
-        return self
 
 
 class FlashAttention2(Provider):
@@ -328,9 +325,13 @@ def _required(function) -> list[str]:
 # ---- loading -------------------------------------------------------------------------------------------------------
 
 
-@functools.cache  # imports and version look-ups once per process; a raised reason is not kept
-def _load(name: str) -> Provider:
-    return dict(fa3=_fa3, fa4=_fa4, fa2=_fa2, torch=_torch, kernels=_hub_build, cpu=CpuFlashAttention)[name]()
+@functools.cache  # once per process: looking for a package that is not there takes as long as a few kernels
+def _load(name: str) -> Provider | str:
+    """The provider, or why it is not available."""
+    try:
+        return dict(fa3=_fa3, fa4=_fa4, fa2=_fa2, torch=_torch, kernels=_hub_build, cpu=CpuFlashAttention)[name]()
+    except Unavailable as reason:
+        return str(reason)
 
 
 def _fa3() -> Provider:
