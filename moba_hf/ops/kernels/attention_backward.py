@@ -77,8 +77,6 @@ def own_block_keys_kernel(
     end = tl.load(end_query_ptr + tile) * GROUP
     q_ptr += kv_head * GROUP * q_head
     do_ptr += kv_head * GROUP * do_head
-    lse_ptr += kv_head * GROUP
-    delta_ptr += kv_head * GROUP
     # disable_licm: invariants recomputed rather than kept; dK, dV and the scores leave no registers for them
     for first in tl.range(tl.load(first_query_ptr + tile) * GROUP, end, ROWS, num_stages=STAGES, disable_licm=True):
         row = first + tl.arange(0, ROWS)
@@ -86,8 +84,9 @@ def own_block_keys_kernel(
         token, head = token_and_head(row, 0, GROUP)
         q = load_rows(q_ptr, token, head, q_token, q_head, taken, HEAD_DIM, WIDTH)
         do = load_rows(do_ptr, token, head, do_token, do_head, taken, HEAD_DIM, WIDTH)
-        lse = tl.load(lse_ptr + token * heads + head, mask=taken, other=float("inf")) * LOG2_E
-        delta = tl.load(delta_ptr + token * heads + head, mask=taken, other=0.0)
+        token_head = kv_head * GROUP + token * heads + head
+        lse = tl.load(lse_ptr + token_head, mask=taken, other=float("inf")) * LOG2_E
+        delta = tl.load(delta_ptr + token_head, mask=taken, other=0.0)
         own_start = tl.load(own_start_ptr + token, mask=taken, other=total_k)
         key_row = tl.load(key_row_ptr + token, mask=taken, other=-1)
         visible = (own_start[None, :] <= key[:, None]) & (key[:, None] <= key_row[None, :])
@@ -142,8 +141,6 @@ def past_block_keys_kernel(
     dv = tl.zeros([KEYS, WIDTH], tl.float32)
     q_ptr += kv_head * GROUP * q_head
     do_ptr += kv_head * GROUP * do_head
-    lse_ptr += kv_head * GROUP
-    delta_ptr += kv_head * GROUP
     entries_ptr += slice_head * entries_head
     dq_ptr += slice_head * partial_head
     # disable_licm: see `own_block_keys_kernel`; 16 registers spilled without it, none with it at head_dim 128
@@ -153,8 +150,9 @@ def past_block_keys_kernel(
         token, head = token_and_head(entry // SLOTS, first_token, GROUP)
         q = load_rows(q_ptr, token, head, q_token, q_head, taken, HEAD_DIM, WIDTH)
         do = load_rows(do_ptr, token, head, do_token, do_head, taken, HEAD_DIM, WIDTH)
-        lse = tl.load(lse_ptr + token * heads + head, mask=taken, other=float("inf")) * LOG2_E
-        delta = tl.load(delta_ptr + token * heads + head, mask=taken, other=0.0)
+        token_head = kv_head * GROUP + token * heads + head
+        lse = tl.load(lse_ptr + token_head, mask=taken, other=float("inf")) * LOG2_E
+        delta = tl.load(delta_ptr + token_head, mask=taken, other=0.0)
         p = tl.math.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 - lse[None, :])
         if BLOCK_SIZE % KEYS != 0:
             p = tl.where((within < BLOCK_SIZE)[:, None], p, 0.0)
