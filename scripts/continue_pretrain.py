@@ -280,6 +280,7 @@ def make_report(trainer, before: Measured, after: Measured, count: PackingCount,
         "selection": {"before": dataclasses.asdict(before.selection), "after": dataclasses.asdict(after.selection)},
         "tokens_per_second": statistics.harmonic_mean(speeds) if speeds else None,
         "history": training_history(trainer),
+        "evaluations": evaluations(trainer),
         "trained_tokens": trainer.state.num_input_tokens_seen,
         "moba_tokens": switch.moba_tokens,
         "sparsity": clock.sparsity,
@@ -303,12 +304,21 @@ def training_history(trainer) -> dict[str, list]:
     return {name: [entry[name] for entry in entries] for name in ("step", "loss", "moba_layers", "sparsity")}
 
 
+def evaluations(trainer) -> list[dict[str, float]]:
+    """What the meter found during training: both losses, and recall and recent where they were measured."""
+    kept = (*_CURVES, "recall", "recent")
+    entries = [entry for entry in trainer.state.log_history if "eval_gap" in entry]
+    return [
+        {"step": entry["step"], **{name: entry[f"eval_{name}"] for name in kept if f"eval_{name}" in entry}}
+        for entry in entries
+    ]
+
+
 def draw_losses(file: Path, trainer, before: Measured, after: Measured, data_args: DataArguments) -> None:
     """Every point of the curves is measured on the same sequences: those that were measured during training."""
     few, tokens = data_args.meter_sequences, data_args.trailing_tokens
     number, length = before.losses.full.by_token.shape[0], data_args.sequence_length
-    history = [entry for entry in trainer.state.log_history if "eval_gap" in entry]
-    curve = {entry["step"]: {name: entry[f"eval_{name}"] for name in _CURVES} for entry in history}
+    curve = {entry["step"]: {name: entry[name] for name in _CURVES} for entry in evaluations(trainer)}
     for step, measured in ((0, before), (trainer.state.global_step, after)):
         measurement = measured.losses.first(few)
         losses = {"full": measurement.full.summary(tokens), "moba": measurement.moba.summary(tokens)}

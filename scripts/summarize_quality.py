@@ -1,0 +1,93 @@
+"""One table and one figure of the arms of docs/quality.md: loss during training, and at the end against full attention.
+
+    python scripts/summarize_quality.py runs/quality --json runs/quality/arms.json   # after study_quality.py
+    python scripts/summarize_quality.py docs/measurements/h100-quality.json --figure docs/quality.png
+
+An arm's loss is that of held-out text in the attention that the arm ends in: full attention where its last phase is,
+MoBA elsewhere. What it is held against is the arm named `full`.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from moba_hf.evaluation.figures import STYLE, save
+
+KEPT = ("steps", "trained_tokens", "moba_tokens", "tokens_per_second", "full_before", "moba_before", "full_after",
+        "moba_after", "position_loss", "evaluations")  # fmt: skip
+# Okabe and Ito's colours, and a line for each, so that grey tells them apart too
+LOOKS = (("#0072B2", "-"), ("#D55E00", "-"), ("#009E73", "--"), ("#CC79A7", "-."), ("#000000", ":"), ("#56B4E9", "--"))
+
+
+def main(argv: list[str] | None = None) -> str:
+    """Print the table, write the figure, return the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("arms", type=Path, help="folder of the arms, or a file that --json wrote")
+    parser.add_argument("--figure", type=Path, help="default: quality.png in the folder")
+    parser.add_argument("--json", type=Path, help="also write what table and figure need into one file")
+    options = parser.parse_args(argv)
+    arms = read(options.arms)
+    if "full" not in arms:
+        parser.error(f"{options.arms} has no report of the arm full, which the others are held against")
+    text = table(arms)
+    print(text)
+    if options.json:
+        options.json.write_text(json.dumps({"arms": arms}, indent=1) + "\n", encoding="utf-8")
+    folder = options.arms if options.arms.is_dir() else options.arms.parent
+    save(figure(arms), options.figure or folder / "quality.png")
+    return text
+
+
+def read(path: Path) -> dict[str, dict]:
+    """What is needed of each arm's report, by name."""
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))["arms"]
+    reports = {file.parent.name: json.loads(file.read_text(encoding="utf-8")) for file in path.glob("*/report.json")}
+    return {name: {key: reports[name][key] for key in KEPT} for name in sorted(reports)}
+
+
+def mode(arm: dict) -> str:
+    """The attention that an arm ends in: full where the last tokens were trained so."""
+    return "full" if arm["moba_tokens"] < arm["trained_tokens"] else "moba"
+
+
+def table(arms: dict[str, dict]) -> str:
+    """Markdown: loss at the end, and against the arm full."""
+    lines = ["| arm | ends in | mean | trailing | against full | tokens/s |", "|---|---|---|---|---|---|"]
+    base = arms["full"]["full_after"]
+    for name, arm in arms.items():
+        loss = arm[f"{mode(arm)}_after"]
+        against = "" if name == "full" else " / ".join(f"{loss[key] - base[key]:+.4f}" for key in ("mean", "trailing"))
+        cells = (name, mode(arm), f"{loss['mean']:.4f}", f"{loss['trailing']:.4f}", against,
+                 f"{arm['tokens_per_second'] / 1e3:.0f}K")  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def figure(arms: dict[str, dict]) -> Figure:
+    """Three panels: loss during training, the same against the arm full by position at the end, recall."""
+    with matplotlib.rc_context(STYLE):
+        drawing = Figure(figsize=(11, 4))
+        training, positions, recall = drawing.subplots(1, 3)
+        base = arms["full"]["position_loss"]["after"]
+        for (name, arm), (color, line) in zip(arms.items(), LOOKS * len(arms)):
+            how, look = mode(arm), dict(color=color, linestyle=line, label=name)
+            steps = [entry["step"] for entry in arm["evaluations"]]
+            training.plot(steps, [entry[f"{how}_mean"] for entry in arm["evaluations"]], **look)
+            measured = [(entry["step"], entry["recall"]) for entry in arm["evaluations"] if "recall" in entry]
+            if measured:
+                recall.plot(*zip(*measured), **look)
+            lost = [loss - full for loss, full in zip(arm["position_loss"]["after"][how], base["full"], strict=True)]
+            positions.plot(base["ends"], lost, **look)
+        training.set(title="Held-out loss, each in its attention", xlabel="step", ylabel="nats per token")
+        positions.set(title="At the end, above the arm full", xlabel="positions up to", ylabel="nats per token")
+        recall.set(title="Recall of attention's mass", xlabel="step", ylabel="share on what MoBA selects")
+        drawing.legend(*training.get_legend_handles_labels(), loc="outside lower center", ncols=6)
+        return drawing
+
+
+if __name__ == "__main__":
+    main()
