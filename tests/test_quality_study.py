@@ -68,5 +68,43 @@ def test_arms_share_their_text_and_leave_reports(tmp_path, monkeypatch):
     report = reports["hybrid"]
     assert report["moba_after"]["mean"] == pytest.approx(sum(report["sequence_loss"]["after"]["moba"]) / 4, abs=1e-5)
 
+    assert [entry["step"] for entry in report["evaluations"]] == [5, 10]
+    assert {"full_mean", "moba_trailing", "recall"} <= report["evaluations"][0].keys()
+
     monkeypatch.setattr(study, "loading_once", lambda: pytest.fail)
     assert study.main(arguments + arms) == folders  # done: nothing is loaded, nothing trained
+
+
+def arm(full: float, moba: float, moba_tokens: int) -> dict:
+    losses = {"full": [full, full], "moba": [moba, moba]}
+    after = {mode: {"mean": loss, "trailing": loss + 0.5} for mode, (loss, _) in losses.items()}
+    evaluations = [{"step": 1, "full_mean": full, "moba_mean": moba, "recall": 0.5}]
+    return {
+        "steps": 1, "trained_tokens": 100, "moba_tokens": moba_tokens, "tokens_per_second": 2500.0,
+        "full_before": {}, "moba_before": {}, "full_after": after["full"], "moba_after": after["moba"],
+        "position_loss": {"after": {"ends": [8, 16], **losses}}, "evaluations": evaluations, "history": "left out",
+    }  # fmt: skip
+
+
+def test_the_summary_holds_each_arm_against_full_attention(tmp_path):
+    """In the attention that an arm ends in; the file that it writes says as much as the folder."""
+    arms = {"full": arm(2.0, 3.0, 0), "moba": arm(2.25, 2.5, 100), "switch": arm(2.125, 2.75, 90)}
+    for name, report in arms.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps(report))
+    summarize = load_script("summarize_quality")
+    text = summarize.main([str(tmp_path), "--json", str(tmp_path / "arms.json")])
+    assert text.splitlines()[2:] == [
+        "| full | full | 2.0000 | 2.5000 |  | 2K |",
+        "| moba | moba | 2.5000 | 3.0000 | +0.5000 / +0.5000 | 2K |",
+        "| switch | full | 2.1250 | 2.6250 | +0.1250 / +0.1250 | 2K |",
+    ]
+    assert "left out" not in (tmp_path / "arms.json").read_text()
+    assert summarize.main([str(tmp_path / "arms.json"), "--figure", str(tmp_path / "again.png")]) == text
+    assert (tmp_path / "quality.png").stat().st_size and (tmp_path / "again.png").stat().st_size
+
+
+def test_the_summary_needs_the_arm_full(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        load_script("summarize_quality").main([str(tmp_path)])
+    assert "arm full" in capsys.readouterr().err

@@ -67,8 +67,7 @@ def choose(device: str, dtype: torch.dtype, head_dim: int) -> "Provider":
 
 def named(name: str, dtype: torch.dtype, head_dim: int) -> "Provider":
     """The provider of that name, for tensors like these. Raises Unavailable."""
-    found = _find(name, dtype, head_dim)
-    if isinstance(found, str):
+    if isinstance(found := _find(name, dtype, head_dim), str):
         raise Unavailable(found)
     return found
 
