@@ -88,7 +88,8 @@ def test_all_queries_choose_one_block(engine):
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_ranges_of_queries(table_bytes, top_k, monkeypatch):
     """Ranges end inside blocks and inside sequences; the smallest is one block long."""
-    monkeypatch.setattr(engines.load("blockwise"), "_TABLE_BYTES", table_bytes)
+    for name in ("_FORWARD_TABLE", "_BACKWARD_TABLE"):
+        monkeypatch.setattr(engines.load("blockwise"), name, table_bytes)
     lengths_q, lengths_k = [50, 0, 3, 130, 20], [50, 5, 90, 130, 200]
     check_engine("blockwise", states(lengths_q, lengths_k), cu(lengths_q), cu(lengths_k), 24, top_k)
 

@@ -20,7 +20,7 @@ from ..blocks import Span, query_ranges, sequence_spans
 from .softmax_merge import merge_weights
 from .tiles import Accumulators, Tile, attend, attend_backward, own_block_tiles, tile_backward, tile_forward
 
-_TABLE_BYTES = 48 << 20
+_FORWARD_TABLE, _BACKWARD_TABLE = 48 << 20, 32 << 20  # bytes; the backward holds the gradients as well
 _MOST_ROWS = 8192  # rows gathered at a time: bounds the buffers where many queries choose one block
 _FEWEST_ROWS = 64  # worth a thread of their own in the backward
 _LONGEST_SUM = 3072  # rows in a piece: the gradients of a block's keys lose digits in longer sums
@@ -35,7 +35,7 @@ def forward(query, key, value, selected_blocks, cu_seqlens_q, cu_seqlens_k, bloc
     spans = sequence_spans(cu_seqlens_q, cu_seqlens_k)
     output, lse = _empty_result(query, spans)
     (buffer,), flat_query = _buffers(query, 1), query.flatten(0, 1)
-    for part in _parts(query, key, selected_blocks, spans, block_size):
+    for part in _parts(query, key, selected_blocks, spans, block_size, _FORWARD_TABLE):
         table, table_lse = part.table, part.table.new_empty(len(part.table))
         own = Accumulators(part.own(table), part.own(table_lse))
         attend(part.tiles, query[part.queries, part.heads], part.one_head(key), part.one_head(value), scale, own)
@@ -59,7 +59,7 @@ def backward(
     grad_keys = [x.new_zeros(x.shape, dtype=lse.dtype) for x in (key, value)]
     by_token, buffers = (grad_output, query, output), _buffers(query, 3)
     flat, flat_lse = [x.flatten(0, 1) for x in by_token], lse.flatten()
-    for part in _parts(query, key, selected_blocks, spans, block_size):
+    for part in _parts(query, key, selected_blocks, spans, block_size, _BACKWARD_TABLE):
         grads = [part.own(part.table).zero_(), *(part.one_head(x) for x in grad_keys)]
         here = [x[part.queries, part.heads] for x in (*by_token, lse)]
         attend_backward(part.tiles, *here[:2], part.one_head(key), part.one_head(value), *here[2:], scale, grads)
@@ -147,11 +147,11 @@ class _Part:
         return embedding_bag(self.index, self.table, mode="sum", per_sample_weights=weights)
 
 
-def _parts(query, key, selected_blocks, spans: list[Span], block_size: int):
-    """Everything to compute, in pieces whose table is bounded. The table is the same memory each time."""
+def _parts(query, key, selected_blocks, spans: list[Span], block_size: int, table_bytes: int):
+    """Everything to compute, in pieces whose table takes so many bytes at most; it is the same memory each time."""
     (total, heads, head_dim), kv_heads, columns = query.shape, key.shape[1], 1 + selected_blocks.shape[2]
     group, wide = heads // kv_heads, torch.promote_types(query.dtype, torch.float32)
-    tokens = _TABLE_BYTES // (group * columns * head_dim * wide.itemsize)
+    tokens = table_bytes // (group * columns * head_dim * wide.itemsize)
     tokens = max(1, min(total, max(1, tokens // block_size) * block_size))
     memory = query.new_empty(tokens * group * columns, head_dim, dtype=wide)
     for queries, inside in query_ranges(spans, tokens):
