@@ -119,14 +119,16 @@ def record(case: Case) -> list[Launch]:
         where = (lengths, lengths, case.block_size, case.head_dim**-0.5)
         output, lse = engine.forward(*states, selected, *where)
         engine.backward(torch.empty_like(output), *states, output, lse, selected, *where)
-        engine.decode(*decoding(case), case.block_size, case.head_dim**-0.5)
+        query, key, value, means, past, starts = decoding(case)
+        engine.select_cached(query, means, starts, key.shape[2], case.block_size, past.shape[3])
+        engine.decode(query, key, value, past, starts, case.block_size, case.head_dim**-0.5)
     return launches
 
 
 def decoding(case: Case) -> list[torch.Tensor]:
-    """One new token in each of two rows: query, key, value, past blocks and starts."""
-    shapes = [(2, heads, tokens, case.head_dim) for heads, tokens in ((8, 1), (2, 8192), (2, 8192))]
-    states = [torch.empty(shape, dtype=case.dtype, device="meta") for shape in shapes]
+    """One new token in each of two rows: query, key, value, means, past blocks and starts."""
+    tokens = ((8, 1), (2, 8192), (2, 8192), (2, 8192 // case.block_size))
+    states = [torch.empty((2, heads, n, case.head_dim), dtype=case.dtype, device="meta") for heads, n in tokens]
     return states + [torch.empty(shape, dtype=torch.int64, device="meta") for shape in ((2, 8, 1, 7), (2,))]
 
 

@@ -58,6 +58,36 @@ def test_equals_pytorch(monkeypatch, dtype, piece, block_size, top_k):
 
 
 @inside
+@pytest.mark.parametrize(("block_size", "slots"), [(4, 2), (5, 7), (3, 40), (64, 3), (8, 0)])
+def test_selects_what_pytorch_selects(block_size, slots):
+    """Whole numbers, so that equal scores are many and exact: the most recent of them wins, as in PyTorch."""
+    from moba_hf.ops import decode
+    from moba_hf.ops.engines import triton as engine
+
+    for starts, q_len in (((0, 9), 1), ((3, 97, 0), 3)):
+        query, key, _, _, on_device = cached(starts, q_len, 101, 4, 2, 16, block_size, torch.float32)
+        blocks = 101 // block_size
+        means = key[:, :, :blocks].round().contiguous()
+        query = query.round() * (torch.arange(4, device=DEVICE) > 0)[:, None, None]  # one head's query is zero
+        position = 101 - q_len + torch.arange(q_len, device=DEVICE) - on_device[:, None]
+        kept = min(slots, blocks)
+        expected = decode.select_from_means(query, means, position // block_size, kept)
+        assert torch.equal(engine.select_cached(query, means, on_device, 101, block_size, kept), expected)
+
+
+@inside
+def test_more_blocks_than_the_routing_kernel_takes(monkeypatch):
+    from moba_hf.ops.kernels import decode_gate
+
+    where = dict(block_size=8, top_k=3, engine="triton")
+    tensors = cached((0, 5), 2, 60, 4, 2, 16, 8, torch.float32)
+    expected = ops.cached_attention(*tensors, **where)
+    monkeypatch.setattr(decode_gate, "MOST_BLOCKS", 4)
+    monkeypatch.setattr(decode_gate, "select_cached", lambda *_: pytest.fail("too many blocks"))
+    torch.testing.assert_close(ops.cached_attention(*tensors, **where), expected)
+
+
+@inside
 @pytest.mark.parametrize("workspace_mb", ["0", "1"])
 def test_many_queries_in_passes(monkeypatch, workspace_mb):
     """Partial results stay within the workspace, down to one token at a time; the result is bitwise the same."""

@@ -41,12 +41,15 @@ def cached_attention(
     """
     q_len, kv_len = query.shape[2], key.shape[2]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    position = kv_len - q_len + torch.arange(q_len, device=key.device) - starts[:, None]  # [batch, q_len]
-    past = select_from_means(query, means, position // block_size, min(top_k - 1, means.shape[2]))
+    slots = min(top_k - 1, means.shape[2])
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    kernel = None if trains else engines.decode_kernel(engine, query, block_size)
-    if kernel is not None:
-        return kernel(query, key, value, past, starts, block_size, scale)
+    kernels = None if trains else engines.decode_kernels(engine, query, block_size)
+    past = None if kernels is None else kernels.select_cached(query, means, starts, kv_len, block_size, slots)
+    if past is None:
+        position = kv_len - q_len + torch.arange(q_len, device=key.device) - starts[:, None]  # [batch, q_len]
+        past = select_from_means(query, means, position // block_size, slots)
+    if kernels is not None:
+        return kernels.decode(query, key, value, past, starts, block_size, scale)
     return _attend_gathered(query, key, value, past, position, starts, block_size, scale)
 
 

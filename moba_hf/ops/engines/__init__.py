@@ -93,16 +93,16 @@ def routing_kernel(engine: str, device: str):
     return getattr(load(engine), "select", None)
 
 
-def decode_kernel(engine: str, query: torch.Tensor, block_size: int):
-    """The kernel for few queries over a key cache, or None for the way in PyTorch; raises as `choose` does.
+def decode_kernels(engine: str, query: torch.Tensor, block_size: int):
+    """The engine whose `select_cached` and `decode` take few queries over a key cache, or None for the way in PyTorch.
 
-    query: [..., head_dim]. The flash engine has none and takes Triton's, where that runs.
+    query: [..., head_dim]. Raises as `choose` does. The flash engine has none and takes Triton's, where that runs.
     """
     device, head_dim = query.device.type, query.shape[-1]
     name = choose(engine, device, query.dtype, block_size, head_dim)
     if name == "flash" and device == "cuda" and _unsupported("triton", device, query.dtype, head_dim) is None:
         name = "triton"
-    return getattr(load(name), "decode", None)
+    return load(name) if hasattr(load(name), "decode") else None
 
 
 def automatic(device: str, flash: str | None, triton: bool, block_size: int) -> str:

@@ -94,6 +94,21 @@ def backward(
         )  # fmt: skip
 
 
+def select_cached(query, means, starts, kv_len: int, block_size: int, slots: int) -> torch.Tensor | None:
+    """Past blocks of few queries by the means kept beside a key cache, as in `kernels.decode_gate`.
+
+    Used in place of the PyTorch routing; None for more blocks than the kernel takes.
+    """
+    from ..kernels.decode_gate import MOST_BLOCKS
+    from ..kernels.decode_gate import select_cached as select
+
+    if means.shape[2] > MOST_BLOCKS:
+        return None
+    query, means = (x if x.stride(3) == 1 else x.contiguous() for x in (query, means))
+    with torch.cuda.device_of(query):
+        return select(query, means, starts, kv_len, block_size, slots)
+
+
 def decode(query, key, value, past_blocks, starts, block_size: int, scale: float) -> torch.Tensor:
     """[batch, q_len, heads, head_dim]: few queries over chosen blocks of a key cache. Shapes as in `kernels.decode`."""
     from ..kernels.decode import attend_blocks
