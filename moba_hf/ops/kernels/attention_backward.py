@@ -75,16 +75,15 @@ def own_block_keys_kernel(
     dk = tl.zeros([KEYS, WIDTH], tl.float32)
     dv = tl.zeros([KEYS, WIDTH], tl.float32)
     end = tl.load(end_query_ptr + tile) * GROUP
-    q_ptr += kv_head * GROUP * q_head
-    do_ptr += kv_head * GROUP * do_head
     # disable_licm: invariants recomputed rather than kept; dK, dV and the scores leave no registers for them
     for first in tl.range(tl.load(first_query_ptr + tile) * GROUP, end, ROWS, num_stages=STAGES, disable_licm=True):
         row = first + tl.arange(0, ROWS)
         taken = row < end
         token, head = token_and_head(row, 0, GROUP)
+        head += kv_head * GROUP
         q = load_rows(q_ptr, token, head, q_token, q_head, taken, HEAD_DIM, WIDTH)
         do = load_rows(do_ptr, token, head, do_token, do_head, taken, HEAD_DIM, WIDTH)
-        token_head = kv_head * GROUP + token * heads + head
+        token_head = token * heads + head
         lse = tl.load(lse_ptr + token_head, mask=taken, other=float("inf")) * LOG2_E
         delta = tl.load(delta_ptr + token_head, mask=taken, other=0.0)
         own_start = tl.load(own_start_ptr + token, mask=taken, other=total_k)
@@ -139,8 +138,6 @@ def past_block_keys_kernel(
     v = tl.load(v_ptr + key * v_token + kv_head * v_head + d[None, :], mask=key_mask, other=0.0)
     dk = tl.zeros([KEYS, WIDTH], tl.float32)
     dv = tl.zeros([KEYS, WIDTH], tl.float32)
-    q_ptr += kv_head * GROUP * q_head
-    do_ptr += kv_head * GROUP * do_head
     entries_ptr += slice_head * entries_head
     dq_ptr += slice_head * partial_head
     # disable_licm: see `own_block_keys_kernel`; 16 registers spilled without it, none with it at head_dim 128
@@ -148,9 +145,10 @@ def past_block_keys_kernel(
         taken = first + tl.arange(0, ROWS) < end
         entry = tl.load(entries_ptr + first + tl.arange(0, ROWS), mask=taken, other=0)
         token, head = token_and_head(entry // SLOTS, first_token, GROUP)
+        head += kv_head * GROUP
         q = load_rows(q_ptr, token, head, q_token, q_head, taken, HEAD_DIM, WIDTH)
         do = load_rows(do_ptr, token, head, do_token, do_head, taken, HEAD_DIM, WIDTH)
-        token_head = kv_head * GROUP + token * heads + head
+        token_head = token * heads + head
         lse = tl.load(lse_ptr + token_head, mask=taken, other=float("inf")) * LOG2_E
         delta = tl.load(delta_ptr + token_head, mask=taken, other=0.0)
         p = tl.math.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 - lse[None, :])

@@ -9,8 +9,8 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def token_and_head(row, first_token, GROUP: tl.constexpr):
-    """The token of each row, int64, and its head within the group of the KV head; rows as in `bucket_sort`."""
-    return (first_token + row // GROUP).to(tl.int64), row % GROUP
+    """The token of each row and its head within the group of the KV head, int64; rows as in `bucket_sort`."""
+    return (first_token + row // GROUP).to(tl.int64), (row % GROUP).to(tl.int64)
 
 
 @triton.jit
