@@ -152,10 +152,13 @@ def test_selection_where_a_tile_of_rows_spans_documents():
 
 
 @inside
-@pytest.mark.parametrize("which", ["query", "key", "value"])
-def test_a_head_beyond_2_to_the_31_elements(which):
-    """[heads, tokens, head_dim] views, as a KV cache has them: 4 GB of address space, few pages touched."""
-    tensors = dict(zip(("query", "key", "value"), states([40], [40], 3, 3, 16, torch.float16)))
+@pytest.mark.parametrize(("which", "kv_heads"), [("query", 3), ("query", 1), ("key", 3), ("value", 3)])
+def test_a_head_beyond_2_to_the_31_elements(which, kv_heads):
+    """[heads, tokens, head_dim] views, as a KV cache has them: 4 GB of address space, few pages touched.
+
+    With one KV head, it is a head of a group that lies there.
+    """
+    tensors = dict(zip(("query", "key", "value"), states([40], [40], 3, kv_heads, 16, torch.float16)))
     where = (cu([40]), cu([40]), 16)
     selected = routing.select(tensors["query"], tensors["key"], *where, 1)
     grad_output = torch.ones(40, 3, 16, dtype=torch.float16)
