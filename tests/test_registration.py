@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import types
+from importlib.machinery import ModuleSpec
 
 import pytest
 
@@ -30,6 +32,34 @@ assert not any(hasattr(function, "__wrapped__") for function in guards), "guarde
 def test_any_order(imports):
     done = subprocess.run([sys.executable, "-c", imports + WRITTEN], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_reloading_registration():
+    """As notebooks with autoreload do; the finder of before is still in its place."""
+    reload = "import moba_hf, importlib, moba_hf.integration.registration as r; importlib.reload(r).register()"
+    done = subprocess.run([sys.executable, "-c", reload + WRITTEN], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_loader_of_several_modules(monkeypatch):
+    """Only the module that is waited for is written to."""
+    from moba_hf.integration import registration
+
+    class Archive:
+        def find_spec(self, name, path, target=None):
+            return ModuleSpec(name, self)
+
+        def exec_module(self, module):
+            module.executed = True
+
+    finder, written = registration._WhenImported(), []
+    monkeypatch.setattr(sys, "meta_path", [finder, Archive()])
+    monkeypatch.setitem(registration._WRITERS, "archived", written.append)
+    loader = finder.find_spec("archived", None).loader
+    modules = [types.ModuleType("archived"), types.ModuleType("another")]
+    for module in modules:
+        loader.exec_module(module)
+    assert written == modules[:1] and all(module.executed for module in modules)
 
 
 def test_a_config_alone_takes_the_settings():

@@ -12,6 +12,7 @@ continuous batching replaces "moba" by a FlashAttention that happens to be insta
 import copy
 import functools
 import sys
+from importlib import import_module
 from importlib.abc import MetaPathFinder
 
 from transformers.utils import logging
@@ -29,25 +30,26 @@ def register() -> None:
         sys.meta_path.insert(0, _WhenImported())
     for name, write in _WRITERS.items():
         if name in sys.modules:
-            write(sys.modules[name])
+            write(import_module(name))  # waits for another thread that has begun to import it
 
 
 class _WhenImported(MetaPathFinder):
-    """Lets the other finders find a module of `_WRITERS`, and writes to it once it has been executed."""
+    """Lets the finders behind it find a module of `_WRITERS`, and writes to it once it has been executed."""
 
     def find_spec(self, name, path, target=None):
         if name not in _WRITERS:
             return None
-        others = (finder for finder in sys.meta_path if finder is not self)
+        others = sys.meta_path[sys.meta_path.index(self) + 1 :]  # those before it have been asked
         spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
         if spec is not None:
             execute = spec.loader.exec_module
 
             def exec_module(module):
                 execute(module)
-                _WRITERS[name](module)
+                if module.__name__ == name:  # a loader may be that of many modules, as a zip file's
+                    _WRITERS[name](module)
 
-            spec.loader.exec_module = exec_module  # of this one module's loader
+            spec.loader.exec_module = exec_module
         return spec
 
 
