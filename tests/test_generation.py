@@ -1,10 +1,15 @@
 """`generate` with every cache and search that keeps a key cache: the same text as a plain MoBA model."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from models import tiny_model, tokens, twin
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import moba_hf
+from moba_hf.integration import attention
 
 LENGTH = 25
 
@@ -97,3 +102,21 @@ def test_decode_modes_differ():
         routed = model(ids[:, -1:], past_key_values=cache).logits
         assert (full - routed).abs().max() > 1e-3
         torch.testing.assert_close(routed[:, -1], model(ids).logits[:, -1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("chosen", [None, SDPBackend.MATH, SDPBackend.CUDNN_ATTENTION])
+def test_dense_decoding_leaves_pytorchs_kernels_as_they_were(chosen):
+    """Flags alone, as on a GPU: what the user has enabled stays so, and PyTorch's order of kernels is there again."""
+
+    def kernels():
+        cuda = torch.backends.cuda
+        enabled = cuda.flash_sdp_enabled, cuda.mem_efficient_sdp_enabled, cuda.cudnn_sdp_enabled, cuda.math_sdp_enabled
+        return [kernel() for kernel in enabled], torch._C._get_sdp_priority_order()
+
+    before = kernels()
+    with nullcontext() if chosen is None else sdpa_kernel(chosen):
+        enabled, _ = kernels()
+        with attention._kernels_without_plans(SimpleNamespace(is_cuda=True)):
+            still, order = kernels()
+            assert still == enabled and order[0] == int(SDPBackend.FLASH_ATTENTION)
+    assert kernels() == before

@@ -123,8 +123,12 @@ _DECODING = [
 
 
 def _kernels_without_plans(query):
-    """PyTorch's dense kernels, those first that take any length as it comes."""
+    """PyTorch's dense kernels, those first that take any length as it comes; a choice that the user has made stays."""
     if not query.is_cuda or torch.compiler.is_compiling():  # a compiled step has a static cache, of one length
+        return contextlib.nullcontext()
+    cuda = torch.backends.cuda
+    enabled = cuda.flash_sdp_enabled, cuda.mem_efficient_sdp_enabled, cuda.cudnn_sdp_enabled, cuda.math_sdp_enabled
+    if not all(kernel() for kernel in enabled):  # sdpa_kernel would enable them, and leave the user's ones first
         return contextlib.nullcontext()
     return sdpa_kernel(_DECODING, set_priority=True)
 
