@@ -17,7 +17,8 @@ def token_and_head(row, first_token, GROUP: tl.constexpr):
 def load_rows(ptr, token, head, token_stride, head_stride, taken, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
     """[rows, WIDTH] of a tensor [tokens, heads, HEAD_DIM] whose rows are HEAD_DIM neighbours; 0 where not taken.
 
-    ptr points to the first head of the group: what all rows have in common is added once, not to every address.
+    ptr points to the head from which `head` counts: mostly the group's first, so that what all rows have in common is
+    added once, not to every address.
     """
     d = tl.arange(0, WIDTH)
     offset = token * token_stride + head * head_stride
