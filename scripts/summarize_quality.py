@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from moba_hf.evaluation.figures import STYLE, save
 
 KEPT = ("steps", "trained_tokens", "moba_tokens", "tokens_per_second", "full_before", "moba_before", "full_after",
-        "moba_after", "position_loss", "evaluations")  # fmt: skip
+        "moba_after", "position_loss", "evaluations", "history")  # fmt: skip
 # Okabe and Ito's colours, and a line for each, so that grey tells them apart too
 LOOKS = (("#0072B2", "-"), ("#D55E00", "-"), ("#009E73", "--"), ("#CC79A7", "-."), ("#000000", ":"), ("#56B4E9", "--"))
 
@@ -51,7 +51,7 @@ def read(path: Path) -> dict[str, dict]:
 
 def mode(arm: dict) -> str:
     """The attention that an arm ends in: full where the last tokens were trained so."""
-    return "full" if arm["moba_tokens"] < arm["trained_tokens"] else "moba"
+    return "moba" if arm["history"]["moba_layers"][-1] else "full"
 
 
 def table(arms: dict[str, dict]) -> str:
@@ -62,7 +62,7 @@ def table(arms: dict[str, dict]) -> str:
         loss = arm[f"{mode(arm)}_after"]
         against = "" if name == "full" else " / ".join(f"{loss[key] - base[key]:+.4f}" for key in ("mean", "trailing"))
         cells = (name, mode(arm), f"{loss['mean']:.4f}", f"{loss['trailing']:.4f}", against,
-                 f"{arm['tokens_per_second'] / 1e3:.0f}K")  # fmt: skip
+                 f"{arm['tokens_per_second'] / 1e3:.0f}K" if arm["tokens_per_second"] else "")  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -52,6 +52,7 @@ ELSEWHERE = {  # script: the test that runs it
     "bench_check": "test_bench_check.py::test_what_was_just_stored_passes",
     "collect_long_text": "test_quality_study.py::test_collects_articles_folders_and_texts",
     "compile_kernels": "test_compile_kernels.py::test_kernels_compile_within_their_gates",
+    "summarize_quality": "test_quality_study.py::test_the_summary_holds_each_arm_against_full_attention",
     "summarize_rehearsal": "test_rehearsal.py::test_summary",
 }
 SET_UP = {  # what a command begins with: why it is not run

@@ -82,7 +82,8 @@ def arm(full: float, moba: float, moba_tokens: int) -> dict:
     return {
         "steps": 1, "trained_tokens": 100, "moba_tokens": moba_tokens, "tokens_per_second": 2500.0,
         "full_before": {}, "moba_before": {}, "full_after": after["full"], "moba_after": after["moba"],
-        "position_loss": {"after": {"ends": [8, 16], **losses}}, "evaluations": evaluations, "history": "left out",
+        "position_loss": {"after": {"ends": [8, 16], **losses}}, "evaluations": evaluations,
+        "history": {"moba_layers": [2, 2 if moba_tokens == 100 else 0]}, "data": "left out",
     }  # fmt: skip
 
 

@@ -159,3 +159,21 @@ def test_every_element_is_written(monkeypatch):
         torch.testing.assert_close(one[:-5], two)
         assert (one[-5:] == 0).all()
     assert (actual[1][40:] == 0).all() and (actual[2][40:] == 0).all()
+
+
+@inside
+@pytest.mark.parametrize("fused", [True, False])
+def test_partial_gradients_within_the_range_of_float16(fused):
+    """What a block adds to dQ is stored scaled: 20 times as much would leave float16's range. Gradients are linear."""
+    lengths = [64]
+    query, key, value = states(lengths, lengths, 2, 1, 16, torch.float16)
+    tensors = (query, 8 * key, value)
+    where = (cu(lengths), cu(lengths), 16)
+    selected = routing.select(*tensors[:2], *where, 2)
+    grad_output = (128 * torch.randn(query.shape, generator=torch.Generator().manual_seed(1))).to(torch.float16)
+    few, many = (
+        gradients(tensors, selected, *where, 0.05, factor * grad_output, small_settings(16, fused))[0]
+        for factor in (1, 64)
+    )
+    assert many.abs().max() > 65504 * 0.05
+    torch.testing.assert_close(many.float() / 64, few.float(), rtol=1e-3, atol=1e-2)

@@ -371,7 +371,7 @@ def _hub_build() -> Provider:
         module = kernels.get_kernel(repository, version=1)
         return adapter(module.flash_attn_interface)
     except Exception as error:  # the hub, the network, the cache and the build can each fail in ways of their own
-        raise Unavailable(f"{repository} could not be loaded: {error}") from error
+        raise Unavailable(f"{repository} could not be loaded: {error}; restart Python to try again") from error
 
 
 def _check_ampere() -> None:

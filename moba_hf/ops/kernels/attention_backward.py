@@ -118,7 +118,7 @@ def past_block_keys_kernel(
     q, do: [total_q, heads, HEAD_DIM]; k, v: [total_k, kv_heads, HEAD_DIM]; lse, delta: float32 [total_q, heads];
     entries: int32 [kv heads of the pass, max_entries]; bucket, begin, end: int32 [kv heads of the pass, max_tiles],
     bucket −1 where unused; block_start: int32 [n_blocks];
-    dq: [kv heads of the pass, entries, HEAD_DIM], without the factor `scale`, each entry written once;
+    dq: [kv heads of the pass, entries, HEAD_DIM], each entry written once;
     dk, dv: float32 [kv heads of the pass, total_k, HEAD_DIM], added to once: with atomics, unless buckets are not
     split and the program is ALONE with its keys.
     """
@@ -159,7 +159,7 @@ def past_block_keys_kernel(
         ds = (p * (dp - delta[None, :])).to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision="ieee")
         if WITH_DQ:
-            dq = tl.dot(tl.trans(ds), k, input_precision="ieee")
+            dq = tl.dot(tl.trans(ds), k, input_precision="ieee") * scale  # here: float16 has no range to spare
             out = entry[:, None].to(tl.int64) * HEAD_DIM + d[None, :]
             dq_mask = taken[:, None] & (d < HEAD_DIM)[None, :]
             tl.store(dq_ptr + out, dq.to(dq_ptr.dtype.element_ty), mask=dq_mask)
@@ -217,7 +217,7 @@ def past_block_queries_kernel(
         ds = (p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])).to(q.dtype)
         dq = tl.dot(ds, k, dq, input_precision="ieee")
     out = slice_head * partial_head + entry[:, None].to(tl.int64) * HEAD_DIM + d[None, :]
-    tl.store(dq_ptr + out, dq.to(dq_ptr.dtype.element_ty), mask=taken[:, None] & (d < HEAD_DIM)[None, :])
+    tl.store(dq_ptr + out, (dq * scale).to(dq_ptr.dtype.element_ty), mask=taken[:, None] & (d < HEAD_DIM)[None, :])
 
 
 @triton.jit(do_not_specialize=["first_token", "end_token", "first_kv_head", "total_k"])
@@ -267,6 +267,7 @@ def own_block_queries_kernel(
             q, do, k_ptr, v_ptr, k_token, v_token, lse, delta, start, end, own_start, key_row, scale_log2, dq,
             HEAD_DIM, WIDTH, KEYS, STAGES,
         )  # fmt: skip
+    dq = dq * scale
     partial_ptr += slice_head * partial_head
     selected_ptr += token_head * SLOTS
     for slot in tl.range(0, SLOTS, num_stages=2):
@@ -276,7 +277,7 @@ def own_block_queries_kernel(
         dq += tl.load(partial_ptr + entry[:, None] * HEAD_DIM + d[None, :], mask=partial_mask, other=0.0).to(tl.float32)
     out = (kv_head * GROUP * dq_head + token * dq_token + head * dq_head)[:, None] + d[None, :]
     out_mask = taken[:, None] & (d < HEAD_DIM)[None, :]
-    tl.store(dq_ptr + out, (dq * scale).to(dq_ptr.dtype.element_ty), mask=out_mask)
+    tl.store(dq_ptr + out, dq.to(dq_ptr.dtype.element_ty), mask=out_mask)
 
 
 @triton.jit

@@ -8,9 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .primitives import LOG2_E
 from .workspace import token_passes
 
-LOG2_E = 1.4426950408889634
 _PIECE = 512  # keys a program reads one after the other at most
 _TILE = 8192  # elements of a tile of keys
 
@@ -130,7 +130,7 @@ def _attend(query, key, value, past_blocks, starts, block_size: int, scale: floa
     partial_lse = torch.empty((rows, splits), dtype=torch.float32, device=query.device)
     decode_split_kernel[(rows, splits)](
         query, key, value, past_blocks.contiguous(), starts, partial, partial_lse,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], heads, q_len, key.shape[2], scale * LOG2_E,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], heads, q_len, key.shape[2], scale * LOG2_E.value,
         GROUP=heads // key.shape[1], SLOTS=slots, BLOCK_SIZE=block_size, PIECE=piece, PIECES=pieces,
         HEAD_DIM=head_dim, WIDTH=width, KEYS=min(_TILE // width, triton.next_power_of_2(piece)), num_warps=4,
     )  # fmt: skip
