@@ -40,7 +40,8 @@ class _WhenImported(MetaPathFinder):
         if name not in _WRITERS:
             return None
         others = sys.meta_path[sys.meta_path.index(self) + 1 :]  # those before it have been asked
-        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
+        finds = (finder.find_spec for finder in others if hasattr(finder, "find_spec"))
+        spec = next(filter(None, (find(name, path, target) for find in finds)), None)
         if spec is not None:
             execute = spec.loader.exec_module
 
