@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> str:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arms", type=Path, help="folder of the arms, or a file that --json wrote")
     parser.add_argument("--figure", type=Path, help="default: quality.png in the folder")
-    parser.add_argument("--json", type=Path, help="also write what table and figure need into one file")
+    parser.add_argument("--json", type=Path, help="also write what the page quotes into one file")
     options = parser.parse_args(argv)
     arms = read(options.arms)
     if "full" not in arms:
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> str:
 
 
 def read(path: Path) -> dict[str, dict]:
-    """What is needed of each arm's report, by name."""
+    """What the page quotes of each arm's report, by name."""
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))["arms"]
     reports = {file.parent.name: json.loads(file.read_text(encoding="utf-8")) for file in path.glob("*/report.json")}

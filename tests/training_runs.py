@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from checkpoints import byte_tokenizer
@@ -69,3 +70,14 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     return load_file(folder / "model" / "model.safetensors")
+
+
+def run_without_offload(script, values: dict, file: Path) -> dict:
+    """The report of a run of these values, written to the file. Offloading is refused without a GPU, and then left
+    out."""
+    file.write_text(yaml.safe_dump(values), encoding="utf-8")
+    if (values.get("gradient_checkpointing_kwargs") or {}).get("offload"):
+        with pytest.raises(ValueError, match=r"offload (moves activations off a GPU|needs Transformers 5.23)"):
+            script.main(["--config", str(file)])
+        file.write_text(yaml.safe_dump(values | {"gradient_checkpointing_kwargs": None}), encoding="utf-8")
+    return script.main(["--config", str(file)])

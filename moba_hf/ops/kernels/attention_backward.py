@@ -81,11 +81,10 @@ def own_block_keys_kernel(
         taken = row < end
         token, head = token_and_head(row, 0, GROUP)
         head += kv_head * GROUP
-        q = load_rows(q_ptr, token, head, q_token, q_head, taken, HEAD_DIM, WIDTH)
-        do = load_rows(do_ptr, token, head, do_token, do_head, taken, HEAD_DIM, WIDTH)
-        token_head = token * heads + head
-        lse = tl.load(lse_ptr + token_head, mask=taken, other=float("inf")) * LOG2_E
-        delta = tl.load(delta_ptr + token_head, mask=taken, other=0.0)
+        q, do, lse, delta = _load_queries(
+            q_ptr, do_ptr, lse_ptr, delta_ptr, token, head, q_token, q_head, do_token, do_head, heads, taken,
+            HEAD_DIM, WIDTH,
+        )  # fmt: skip
         own_start = tl.load(own_start_ptr + token, mask=taken, other=total_k)
         key_row = tl.load(key_row_ptr + token, mask=taken, other=-1)
         visible = (own_start[None, :] <= key[:, None]) & (key[:, None] <= key_row[None, :])
@@ -140,17 +139,16 @@ def past_block_keys_kernel(
     dv = tl.zeros([KEYS, WIDTH], tl.float32)
     entries_ptr += slice_head * entries_head
     dq_ptr += slice_head * partial_head
-    # disable_licm: see `own_block_keys_kernel`; 16 registers spilled without it, none with it at head_dim 128
+    # disable_licm: see `own_block_keys_kernel`; 16 registers spilled without it, 2 with it at head_dim 128
     for first in tl.range(begin, end, ROWS, num_stages=STAGES, disable_licm=True):
         taken = first + tl.arange(0, ROWS) < end
         entry = tl.load(entries_ptr + first + tl.arange(0, ROWS), mask=taken, other=0)
         token, head = token_and_head(entry // SLOTS, first_token, GROUP)
         head += kv_head * GROUP
-        q = load_rows(q_ptr, token, head, q_token, q_head, taken, HEAD_DIM, WIDTH)
-        do = load_rows(do_ptr, token, head, do_token, do_head, taken, HEAD_DIM, WIDTH)
-        token_head = token * heads + head
-        lse = tl.load(lse_ptr + token_head, mask=taken, other=float("inf")) * LOG2_E
-        delta = tl.load(delta_ptr + token_head, mask=taken, other=0.0)
+        q, do, lse, delta = _load_queries(
+            q_ptr, do_ptr, lse_ptr, delta_ptr, token, head, q_token, q_head, do_token, do_head, heads, taken,
+            HEAD_DIM, WIDTH,
+        )  # fmt: skip
         p = tl.math.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 - lse[None, :])
         if BLOCK_SIZE % KEYS != 0:
             p = tl.where((within < BLOCK_SIZE)[:, None], p, 0.0)
@@ -196,12 +194,12 @@ def past_block_queries_kernel(
     taken = position < tl.load(end_ptr + tile)
     entry = tl.load(entries_ptr + slice_head * entries_head + position, mask=taken, other=0)
     token, head = token_and_head(entry // SLOTS, first_token, GROUP)
+    head += kv_head * GROUP
     d = tl.arange(0, WIDTH)
-    q = load_rows(q_ptr + kv_head * GROUP * q_head, token, head, q_token, q_head, taken, HEAD_DIM, WIDTH)
-    do = load_rows(do_ptr + kv_head * GROUP * do_head, token, head, do_token, do_head, taken, HEAD_DIM, WIDTH)
-    row = kv_head * GROUP + token * heads + head
-    lse = tl.load(lse_ptr + row, mask=taken, other=float("inf")) * LOG2_E
-    delta = tl.load(delta_ptr + row, mask=taken, other=0.0)
+    q, do, lse, delta = _load_queries(
+        q_ptr, do_ptr, lse_ptr, delta_ptr, token, head, q_token, q_head, do_token, do_head, heads, taken,
+        HEAD_DIM, WIDTH,
+    )  # fmt: skip
     block_start = tl.load(block_start_ptr + bucket).to(tl.int64)
     k_ptr += block_start * k_token + kv_head * k_head
     v_ptr += block_start * v_token + kv_head * v_head
@@ -245,11 +243,11 @@ def own_block_queries_kernel(
     own_start = tl.load(own_start_ptr + token, mask=taken, other=total_k)
     key_row = tl.load(key_row_ptr + token, mask=taken, other=total_k)
     in_sequence = own_start < total_k
-    q = load_rows(q_ptr + kv_head * GROUP * q_head, token, head, q_token, q_head, in_sequence, HEAD_DIM, WIDTH)
-    do = load_rows(do_ptr + kv_head * GROUP * do_head, token, head, do_token, do_head, in_sequence, HEAD_DIM, WIDTH)
-    token_head = kv_head * GROUP + token * heads + head
-    lse = tl.load(lse_ptr + token_head, mask=in_sequence, other=float("inf")) * LOG2_E
-    delta = tl.load(delta_ptr + token_head, mask=in_sequence, other=0.0)
+    head += kv_head * GROUP
+    q, do, lse, delta = _load_queries(
+        q_ptr, do_ptr, lse_ptr, delta_ptr, token, head, q_token, q_head, do_token, do_head, heads, in_sequence,
+        HEAD_DIM, WIDTH,
+    )  # fmt: skip
     dq = tl.zeros([ROWS, WIDTH], tl.float32)
     start, end = tl.min(own_start, 0), tl.max(tl.where(in_sequence, key_row + 1, 0), 0)
     k_ptr += kv_head * k_head
@@ -269,13 +267,13 @@ def own_block_queries_kernel(
         )  # fmt: skip
     dq = dq * scale
     partial_ptr += slice_head * partial_head
-    selected_ptr += token_head * SLOTS
+    selected_ptr += (token * heads + head) * SLOTS
     for slot in tl.range(0, SLOTS, num_stages=2):
         block = tl.load(selected_ptr + slot, mask=taken, other=-1)
         entry = row.to(tl.int64) * SLOTS + slot
         partial_mask = (block >= 0)[:, None] & (d < HEAD_DIM)[None, :]
         dq += tl.load(partial_ptr + entry[:, None] * HEAD_DIM + d[None, :], mask=partial_mask, other=0.0).to(tl.float32)
-    out = (kv_head * GROUP * dq_head + token * dq_token + head * dq_head)[:, None] + d[None, :]
+    out = (token * dq_token + head * dq_head)[:, None] + d[None, :]
     out_mask = taken[:, None] & (d < HEAD_DIM)[None, :]
     tl.store(dq_ptr + out, dq.to(dq_ptr.dtype.element_ty), mask=out_mask)
 
@@ -299,6 +297,19 @@ def _add_own_queries(
         ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
         dq = tl.dot(ds.to(q.dtype), k, dq, input_precision="ieee")
     return dq
+
+
+@triton.jit
+def _load_queries(
+    q_ptr, do_ptr, lse_ptr, delta_ptr, token, head, q_token, q_head, do_token, do_head, heads, taken,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Q, dO, log-sum-exp in base 2 and δ of each row (token, head); lse is +inf where not taken: its weights are 0."""
+    q = load_rows(q_ptr, token, head, q_token, q_head, taken, HEAD_DIM, WIDTH)
+    do = load_rows(do_ptr, token, head, do_token, do_head, taken, HEAD_DIM, WIDTH)
+    row = token * heads + head
+    lse = tl.load(lse_ptr + row, mask=taken, other=float("inf")) * LOG2_E
+    return q, do, lse, tl.load(delta_ptr + row, mask=taken, other=0.0)
 
 
 # ---- launchers -----------------------------------------------------------------------------------------------------
