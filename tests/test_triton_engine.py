@@ -198,23 +198,24 @@ def last_two_tokens(monkeypatch, query, key, value, selected):
 
 @inside
 def test_tokens_beyond_2_to_the_31_elements(monkeypatch, tmp_path):
-    """4M tokens in a buffer of 6 · 10⁹ elements, 2 · 10⁹ of them queries and as many selected blocks; a sparse file.
+    """262K tokens in a buffer of 4 · 10⁹ elements, half of them queries, and 2 · 10⁹ selected blocks; sparse files.
 
     The two last tokens get what they get where the blocks they attend are all there is.
     """
-    tokens, heads, slots = 2**22 + 16, 32, 16
-    blocks = torch.arange(slots) * 300 + 2**16 - 5000
-    attended = torch.cat([(blocks[:, None] * 64 + torch.arange(64)).flatten(), torch.arange(2**22, tokens)])
-    small = torch.randn(len(attended), 96, 16, generator=torch.Generator().manual_seed(0)).half()
+    tokens, heads, slots, width = 2**18 + 16, 128, 64, 258
+    blocks = torch.arange(slots) * 10 + 2**12 - 640
+    attended = torch.cat([(blocks[:, None] * 64 + torch.arange(64)).flatten(), torch.arange(2**18, tokens)])
+    small = torch.randn(len(attended), width, 64, generator=torch.Generator().manual_seed(0)).half()
     selected = torch.arange(slots, dtype=torch.int32).expand(len(attended), heads, slots).contiguous()
-    split = lambda x: (x[:, :32], x[:, 32:33], x[:, 33:34])  # noqa: E731
+    split = lambda x: (x[:, :heads], x[:, 128:129], x[:, 129:130])  # noqa: E731
     expected = last_two_tokens(monkeypatch, *split(small), selected)
 
     def sparse(name, dtype, *shape):
         size = torch.Size(shape).numel()
         return torch.from_file(str(tmp_path / name), shared=True, size=size, dtype=dtype).view(shape)
 
-    large, chosen = sparse("states", torch.float16, tokens, 96, 16), sparse("blocks", torch.int32, tokens, heads, slots)
+    large = sparse("states", torch.float16, tokens, width, 64)
+    chosen = sparse("blocks", torch.int32, tokens, heads, slots)
     large[attended] = small
     chosen[-2:] = blocks
     *results, dk, dv = last_two_tokens(monkeypatch, *split(large), chosen)

@@ -5,10 +5,10 @@ With P = softmax(scale · Q Kᵀ) over the keys taken, rebuilt from the saved lo
     dV = Pᵀ dO        dS = P ∘ (dO Vᵀ − δ)        dQ = scale · dS K        dK = scale · dSᵀ Q
 
 Keys own their gradients: one program holds dK and dV of a tile of keys in registers while the rows that attend it pass
-by, from all heads of the group. The own-block kernel comes first and writes every element of the sums, the past-block
-kernel adds to them. Queries gather theirs: a past block leaves one partial dQ per entry, addressed by (row, slot), and
-the last kernel adds the partials in slot order to the own block's. No result depends on the order of programs, except
-where the rows of one block are split over several programs, which then add with atomics.
+by, from all heads of the group. The past-block kernel comes first and leaves float32 sums; the own-block kernel begins
+with them, adds its part and rounds once. Queries gather theirs: a past block leaves one partial dQ per entry, addressed
+by (row, slot), and the last kernel adds the partials in slot order to the own block's. No result depends on the order
+of programs, except where the rows of one block are split over several programs, which then add with atomics.
 
 A *row* is one (token, head of the group) of a KV head: row = (token − first token) · group + head within the group.
 An *entry* is one (row, slot): entry = row · slots + slot.
@@ -47,22 +47,23 @@ def delta_kernel(
     tl.store(delta_ptr + row, tl.sum(do.to(tl.float32) * o.to(tl.float32), 1), mask=row < rows)
 
 
-@triton.jit(do_not_specialize=["first_kv_head", "total_k"])
+@triton.jit(do_not_specialize=["first_kv_head", "total_k", "n_blocks", "block_size"])
 def own_block_keys_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, own_start_ptr, key_row_ptr, first_query_ptr, end_query_ptr,
-    dk_ptr, dv_ptr,
-    q_token, q_head, k_token, k_head, v_token, v_head, do_token, do_head, sum_token, sum_head,
-    first_kv_head, total_k, heads, scale, scale_log2,
+    block_start_ptr, sum_k_ptr, sum_v_ptr, dk_ptr, dv_ptr,
+    q_token, q_head, k_token, k_head, v_token, v_head, do_token, do_head, sum_token, sum_head, dk_token, dk_head,
+    dv_token, dv_head, first_kv_head, total_k, n_blocks, block_size, heads, scale, scale_log2,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PAST: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV from the queries whose own block holds the key (step 3, the causal half).
+    """dK and dV: sums of the past-block kernel, plus the part of the queries whose own block holds the key (step 3).
 
     Program (i, h) owns keys i · KEYS … of the packed batch, KV head first_kv_head + h, wherever blocks and sequences
     begin, and reads the queries first_query[i] … end_query[i] − 1. A query attends the keys own_start … key_row.
     q, do: [total_q, heads, HEAD_DIM]; k, v: [total_k, kv_heads, HEAD_DIM]; lse, delta: float32 [total_q, heads];
-    own_start, key_row: int32 [total_q]; first_query, end_query: int32 [key tiles];
-    dk, dv: float32 [kv heads of the pass, total_k, HEAD_DIM], every element written once.
+    own_start, key_row: int32 [total_q]; first_query, end_query: int32 [key tiles]; block_start: int32 [n_blocks];
+    sum_k, sum_v: those of `past_block_keys_kernel`, read once where a key lies in a complete block, not at all unless
+    PAST; dk, dv: [total_k, kv_heads, HEAD_DIM], every element of the pass's heads written once.
     """
     tile, slice_head = tl.program_id(0), tl.program_id(1)
     kv_head = (first_kv_head + slice_head).to(tl.int64)
@@ -74,6 +75,11 @@ def own_block_keys_kernel(
     v = tl.load(v_ptr + key64 * v_token + kv_head * v_head + d[None, :], mask=key_mask, other=0.0)
     dk = tl.zeros([KEYS, WIDTH], tl.float32)
     dv = tl.zeros([KEYS, WIDTH], tl.float32)
+    if PAST:
+        summed = key_mask & _in_block(block_start_ptr, key, n_blocks, block_size, total_k)[:, None]
+        sums = slice_head.to(tl.int64) * sum_head + key64 * sum_token + d[None, :]
+        dk = tl.load(sum_k_ptr + sums, mask=summed, other=0.0)
+        dv = tl.load(sum_v_ptr + sums, mask=summed, other=0.0)
     end = tl.load(end_query_ptr + tile) * GROUP
     # disable_licm: invariants recomputed rather than kept; dK, dV and the scores leave no registers for them
     for first in tl.range(tl.load(first_query_ptr + tile) * GROUP, end, ROWS, num_stages=STAGES, disable_licm=True):
@@ -95,43 +101,57 @@ def own_block_keys_kernel(
         # the second `where` keeps a row of keys that belongs to no sequence, which may hold anything, out of dK
         ds = tl.where(visible, p * (dp - delta[None, :]), 0.0).to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision="ieee")
-    out = slice_head.to(tl.int64) * sum_head + key64 * sum_token + d[None, :]
-    tl.store(dk_ptr + out, dk * scale, mask=key_mask)
-    tl.store(dv_ptr + out, dv, mask=key_mask)
+    out = key64 * dk_token + kv_head * dk_head + d[None, :]
+    tl.store(dk_ptr + out, (dk * scale).to(dk_ptr.dtype.element_ty), mask=key_mask)
+    out = key64 * dv_token + kv_head * dv_head + d[None, :]
+    tl.store(dv_ptr + out, dv.to(dv_ptr.dtype.element_ty), mask=key_mask)
 
 
-@triton.jit(do_not_specialize=["entries_head", "first_token", "first_kv_head", "max_tiles"])
+@triton.jit(do_not_specialize=["entries_head", "offsets_head", "offsets_block", "first_token", "first_kv_head",
+                               "total_k", "n_blocks", "rows_per_program"])  # fmt: skip
 def past_block_keys_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, entries_ptr, bucket_ptr, begin_ptr, end_ptr,
-    block_start_ptr, dq_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, entries_ptr, offsets_ptr, block_start_ptr, dq_ptr, dk_ptr, dv_ptr,
     q_token, q_head, k_token, k_head, v_token, v_head, do_token, do_head, sum_token, sum_head,
-    entries_head, partial_head, first_token, first_kv_head, max_tiles, heads, scale, scale_log2,
+    entries_head, offsets_head, offsets_block, partial_head, first_token, first_kv_head, total_k, n_blocks,
+    rows_per_program, heads, scale, scale_log2,
     GROUP: tl.constexpr, SLOTS: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, WITH_DQ: tl.constexpr, ALONE: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, WITH_DQ: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV from the queries that selected a block (step 3); with WITH_DQ also their partial dQ: five matmuls.
+    """dK / scale and dV of the queries that selected a block (step 3); WITH_DQ their partial dQ too: five matmuls.
 
-    Program (i, h) owns one tile of keys of one block — the whole block WITH_DQ — and the entries begin … end − 1 of
-    the block's bucket, for KV head first_kv_head + h. Blocks that fill several key tiles take neighbouring programs,
-    so that the gathered rows are still in the L2 cache for the next one.
+    Program (i, h) owns one tile of keys of one block — the whole block WITH_DQ — and at most rows_per_program entries
+    of the block's bucket, for KV head first_kv_head + h: the bucket's first unless WRITE is "atomic", then one of the
+    further portions (`_portion`). Blocks that fill several key tiles take neighbouring programs, so that the gathered
+    rows are still in the L2 cache for the next one.
     q, do: [total_q, heads, HEAD_DIM]; k, v: [total_k, kv_heads, HEAD_DIM]; lse, delta: float32 [total_q, heads];
-    entries: int32 [kv heads of the pass, max_entries]; bucket, begin, end: int32 [kv heads of the pass, max_tiles],
-    bucket −1 where unused; block_start: int32 [n_blocks];
+    entries, offsets: those of `Buckets`; block_start: int32 [n_blocks];
     dq: [kv heads of the pass, entries, HEAD_DIM], each entry written once;
-    dk, dv: float32 [kv heads of the pass, total_k, HEAD_DIM], added to once: with atomics, unless buckets are not
-    split and the program is ALONE with its keys.
+    dk, dv: float32 [kv heads of the pass, total_k, HEAD_DIM], of which the keys of complete blocks are written: WRITE
+    is "first" for the first queries, whether or not any selected the block; "add" for further ones; "atomic" for
+    portions, of which several programs may hold the same keys.
     """
     key_tiles: tl.constexpr = (BLOCK_SIZE + KEYS - 1) // KEYS
     slice_head = tl.program_id(1).to(tl.int64)
-    tile = slice_head * max_tiles + tl.program_id(0) // key_tiles
-    bucket = tl.load(bucket_ptr + tile)
-    if bucket < 0:
+    portion = tl.program_id(0) // key_tiles
+    offsets_ptr += slice_head * offsets_head
+    if WRITE == "atomic":
+        bucket, begin, end = _portion(offsets_ptr, offsets_block, portion, n_blocks, rows_per_program)
+    else:
+        bucket = portion
+        begin = tl.load(offsets_ptr + bucket.to(tl.int64) * offsets_block)
+        end = tl.load(offsets_ptr + (bucket + 1).to(tl.int64) * offsets_block)
+        end = tl.minimum(begin + rows_per_program, end)
+    block_start = tl.load(block_start_ptr + bucket)
+    if WRITE == "first":
+        used = block_start < total_k
+    else:
+        used = begin < end
+    if not used:
         return
-    begin, end = tl.load(begin_ptr + tile), tl.load(end_ptr + tile)
     kv_head = (first_kv_head + tl.program_id(1)).to(tl.int64)  # head strides reach past 2³¹
     d = tl.arange(0, WIDTH)
     within = (tl.program_id(0) % key_tiles) * KEYS + tl.arange(0, KEYS)
-    key = (tl.load(block_start_ptr + bucket) + within)[:, None].to(tl.int64)
+    key = (block_start + within)[:, None].to(tl.int64)
     key_mask = (within < BLOCK_SIZE)[:, None] & (d < HEAD_DIM)[None, :]
     k = tl.load(k_ptr + key * k_token + kv_head * k_head + d[None, :], mask=key_mask, other=0.0)
     v = tl.load(v_ptr + key * v_token + kv_head * v_head + d[None, :], mask=key_mask, other=0.0)
@@ -162,12 +182,49 @@ def past_block_keys_kernel(
             dq_mask = taken[:, None] & (d < HEAD_DIM)[None, :]
             tl.store(dq_ptr + out, dq.to(dq_ptr.dtype.element_ty), mask=dq_mask)
     out = slice_head * sum_head + key * sum_token + d[None, :]
-    if ALONE:
-        tl.store(dk_ptr + out, tl.load(dk_ptr + out, mask=key_mask, other=0.0) + dk * scale, mask=key_mask)
-        tl.store(dv_ptr + out, tl.load(dv_ptr + out, mask=key_mask, other=0.0) + dv, mask=key_mask)
-    else:
-        tl.atomic_add(dk_ptr + out, dk * scale, mask=key_mask, sem="relaxed")
+    if WRITE == "atomic":
+        tl.atomic_add(dk_ptr + out, dk, mask=key_mask, sem="relaxed")
         tl.atomic_add(dv_ptr + out, dv, mask=key_mask, sem="relaxed")
+    else:
+        if WRITE == "add":
+            dk += tl.load(dk_ptr + out, mask=key_mask, other=0.0)
+            dv += tl.load(dv_ptr + out, mask=key_mask, other=0.0)
+        tl.store(dk_ptr + out, dk, mask=key_mask)
+        tl.store(dv_ptr + out, dv, mask=key_mask)
+
+
+@triton.jit
+def _portion(offsets_ptr, offsets_block, number, n_blocks, rows):
+    """(bucket, begin, end) of a portion of at most `rows` entries beyond the first of its bucket; empty if unused.
+
+    With p entries before bucket b, its further portions have the numbers from p // rows on. There are
+    (size − 1) // rows of them, and the next bucket's begin at (p + size) // rows or after: no two share a number.
+    """
+    origin = tl.load(offsets_ptr)
+    low, high = number * 0, number * 0 + n_blocks  # the last bucket whose portions begin at `number` or before
+    while high - low > 1:
+        middle = (low + high) // 2
+        if (tl.load(offsets_ptr + middle.to(tl.int64) * offsets_block) - origin) // rows <= number:
+            low = middle
+        else:
+            high = middle
+    bucket = low
+    start = tl.load(offsets_ptr + bucket.to(tl.int64) * offsets_block)
+    begin = start + (number - (start - origin) // rows + 1) * rows
+    stop = tl.load(offsets_ptr + (bucket + 1).to(tl.int64) * offsets_block)
+    return bucket, begin, tl.minimum(begin + rows, stop)
+
+
+@triton.jit
+def _in_block(block_start_ptr, key, n_blocks, block_size, total_k):
+    """Whether each packed key lies in a complete block.
+
+    A block's number is ⌊first row of its sequence / block size⌋ plus its number there: ⌊key / block size⌋ or one less.
+    """
+    number = key // block_size
+    start = tl.load(block_start_ptr + number, mask=number < n_blocks, other=total_k)
+    before = tl.load(block_start_ptr + number - 1, mask=(number > 0) & (number <= n_blocks), other=total_k)
+    return ((start <= key) & (key < start + block_size)) | ((before <= key) & (key < before + block_size))
 
 
 @triton.jit(do_not_specialize=["entries_head", "first_token", "first_kv_head", "max_tiles"])
@@ -381,36 +438,43 @@ def prepare(
     )  # fmt: skip
 
 
-def own_block_keys(call: Backward, kv_heads: range, grad_key: torch.Tensor, grad_value: torch.Tensor) -> None:
-    """Write the own blocks' part of dK and dV: float32 [kv heads of the pass, total_k, head_dim], every element."""
+def past_block_keys(call: Backward, buckets, tokens, kv_heads, partials, sums, rows: int) -> None:
+    """Sum the past blocks' part of dK and dV, and leave partial dQ where the settings say so (`fused`).
+
+    buckets: of the queries `tokens` and the heads `kv_heads`. partials: [kv heads of the pass, len(tokens) · group ·
+    slots, head_dim]. sums: two of float32 [kv heads of the pass, total_k, head_dim], unwritten before the first tokens.
+    rows: entries of a bucket that one program takes, at most.
+    """
+    tile, n_blocks = call.settings.past_keys, call.block_start.shape[0]
+    launches = {"add" if tokens.start else "first": n_blocks, "atomic": (buckets.most - 1) // rows}
+    for write, programs in launches.items():
+        if programs:
+            past_block_keys_kernel[(programs * triton.cdiv(call.block_size, tile.keys), len(kv_heads))](
+                *call.tensors(), buckets.entries, buckets.offsets, call.block_start, partials, *sums,
+                *call.strides(), sums[0].stride(1), sums[0].stride(0), buckets.entries.stride(0),
+                *buckets.offsets.stride(), partials.stride(0), tokens.start, kv_heads.start, call.key.shape[0],
+                n_blocks, rows, call.query.shape[1],
+                SLOTS=call.selected_blocks.shape[2], BLOCK_SIZE=call.block_size,
+                WITH_DQ=call.settings.fused, WRITE=write, **call.scales(), **call.shapes(tile),
+            )  # fmt: skip
+
+
+def own_block_keys(call: Backward, kv_heads: range, sums, grad_key: torch.Tensor, grad_value: torch.Tensor) -> None:
+    """Write dK and dV of the heads `kv_heads`: own blocks plus `sums`, empty where there are no past blocks."""
     tile, total_k = call.settings.own_keys, call.key.shape[0]
     queries = own_queries(call.own_start, call.key_row, total_k, tile.keys)
+    past = bool(sums)
+    sums = sums or (call.delta, call.delta)  # not read
     own_block_keys_kernel[(queries.shape[1], len(kv_heads))](
-        *call.tensors(), call.own_start, call.key_row, *queries.unbind(), grad_key, grad_value,
-        *call.strides(), grad_key.stride(1), grad_key.stride(0), kv_heads.start, total_k, call.query.shape[1],
-        **call.scales(), **call.shapes(tile),
-    )  # fmt: skip
-
-
-def past_block_keys(call: Backward, buckets, tiles, tokens, kv_heads, partials, grad_key, grad_value, alone) -> None:
-    """Add the past blocks' part to dK and dV, and leave partial dQ where the settings say so (`fused`).
-
-    buckets, tiles: of the queries `tokens` and the heads `kv_heads`; one program takes a tile. alone: tiles are whole
-    buckets, so that no two programs add to the same keys.
-    partials: [kv heads of the pass, len(tokens) · group · slots, head_dim].
-    """
-    tile, max_tiles = call.settings.past_keys, tiles[0].shape[1]
-    past_block_keys_kernel[(max_tiles * triton.cdiv(call.block_size, tile.keys), len(kv_heads))](
-        *call.tensors(), buckets.entries, *tiles, call.block_start, partials, grad_key, grad_value,
-        *call.strides(), grad_key.stride(1), grad_key.stride(0), buckets.entries.stride(0), partials.stride(0),
-        tokens.start, kv_heads.start, max_tiles, call.query.shape[1],
-        SLOTS=call.selected_blocks.shape[2], BLOCK_SIZE=call.block_size,
-        WITH_DQ=call.settings.fused, ALONE=alone, **call.scales(), **call.shapes(tile),
+        *call.tensors(), call.own_start, call.key_row, *queries.unbind(), call.block_start, *sums, grad_key, grad_value,
+        *call.strides(), sums[0].stride(-2), sums[0].stride(0), *grad_key.stride()[:2], *grad_value.stride()[:2],
+        kv_heads.start, total_k, call.block_start.shape[0], call.block_size, call.query.shape[1],
+        PAST=past, **call.scales(), **call.shapes(tile),
     )  # fmt: skip
 
 
 def past_block_queries(call: Backward, buckets, tiles, tokens, kv_heads, partials) -> None:
-    """Write the partial dQ of every entry; arguments as in `past_block_keys`, tiles cut for `past_queries.rows`."""
+    """Write the partial dQ of every entry; tiles: cut for `past_queries.rows`, the rest as in `past_block_keys`."""
     tile, max_tiles = call.settings.past_queries, tiles[0].shape[1]
     past_block_queries_kernel[(max_tiles, len(kv_heads))](
         *call.tensors(), buckets.entries, *tiles, call.block_start, partials,
@@ -456,30 +520,30 @@ def backward_pass(
 def _head_pass(call: Backward, layout, heads: range, token_bytes: int, grads, deterministic: bool) -> None:
     """Some KV heads, in passes over queries. Temporaries are local here and below, gone before the next are made."""
     total_k, _, head_dim = call.key.shape
-    sums = [torch.empty((len(heads), total_k, head_dim), dtype=torch.float32, device=call.key.device) for _ in "kv"]
-    own_block_keys(call, heads, *sums)
+    sums = ()
+    if call.selected_blocks.numel() and call.block_start.numel():
+        shape = (len(heads), total_k, head_dim)
+        sums = tuple(torch.empty(shape, dtype=torch.float32, device=call.key.device) for _ in "kv")
     for tokens in token_passes(call.query.shape[0], token_bytes):
         _query_pass(call, layout, tokens, heads, sums, grads[0], deterministic)
-    for grad, total in zip(grads[1:], sums):
-        grad[:, heads.start : heads.stop].copy_(total.transpose(0, 1))
+    own_block_keys(call, heads, sums, *grads[1:])
 
 
 def _query_pass(call: Backward, layout, tokens: range, heads: range, sums, grad_query, deterministic: bool) -> None:
     entries = len(tokens) * call.query.shape[1] // call.key.shape[1] * call.selected_blocks.shape[2]
     partials = call.query.new_empty((len(heads), entries, call.query.shape[2]))
-    if entries and call.block_start.numel():
-        _past_blocks(call, layout, tokens, heads, partials, *sums, deterministic)
+    if sums:
+        _past_blocks(call, layout, tokens, heads, partials, sums, deterministic)
     own_block_queries(call, tokens, heads, partials, grad_query)
 
 
-def _past_blocks(call: Backward, layout, tokens, kv_heads, partials, grad_key, grad_value, deterministic: bool) -> None:
+def _past_blocks(call: Backward, layout, tokens, kv_heads, partials, sums, deterministic: bool) -> None:
     settings, n_blocks = call.settings, call.block_start.shape[0]
     buckets = sort_by_block(
         call.selected_blocks, layout, tokens, kv_heads, call.key.shape[1], n_blocks, deterministic
     )  # fmt: skip
     rows = buckets.most if deterministic else settings.rows_per_program
-    tiles = bucket_tiles(buckets, rows)
-    past_block_keys(call, buckets, tiles, tokens, kv_heads, partials, grad_key, grad_value, deterministic)
+    past_block_keys(call, buckets, tokens, kv_heads, partials, sums, rows)
     if not settings.fused:
         tiles = bucket_tiles(buckets, settings.past_queries.rows)
         past_block_queries(call, buckets, tiles, tokens, kv_heads, partials)

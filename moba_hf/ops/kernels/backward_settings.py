@@ -48,7 +48,7 @@ def table(capability, dtype, head_dim: int, block_size: int) -> dict[str, Tile]:
     shared = SHARED_KB.get(capability, 99)
     if dtype == torch.float32:  # plain FMA in float32: small tiles, whatever the GPU
         size = 32 if width <= 128 else 16
-        tile = Tile(size, size, 4, 1)
+        tile = Tile(size, size, 8, 1)
         return _tiles(tile, tile, tile, tile)
     if shared < 227:
         return _ampere(row_bytes, shared)
