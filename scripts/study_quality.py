@@ -13,10 +13,14 @@ it was.
 import argparse
 import gc
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import continue_pretrain
+import torch
+
+from moba_hf.training.data import IGNORED
 
 FULL = [{"mode": "full"}]
 LAST_THREE = [-3, -2, -1]
@@ -26,7 +30,14 @@ def blocks(block_size: int, top_k: int, full_attention_layers=()) -> dict:
     return {"block_size": block_size, "top_k": top_k, "full_attention_layers": list(full_attention_layers)}
 
 
-# name -> arguments of continue_pretrain.py; a MoBA layer of every arm attends at most 1024 keys
+LOW_RATE = {"learning_rate": 1.5e-4}
+MASKED = {
+    "start": "moba", "answer": 1024, "learning_rate": 1e-4, "max_steps": 48, "warmup_steps": 4, "eval_steps": 12,
+    "lr_scheduler_kwargs": {"num_decay_steps": 12, "decay_type": "linear", "min_lr_ratio": 0.0},
+}  # fmt: skip
+
+# name -> arguments of continue_pretrain.py, and two of our own: start, the arm whose weights it goes on from, and
+# answer, the last positions of a sequence, which alone carry loss. A MoBA layer attends at most 1024 keys in every arm.
 ARMS = {
     "full": {"moba": blocks(128, 8), "schedule": FULL},  # MoBA for the meter alone
     "moba": {"moba": blocks(128, 8)},
@@ -37,6 +48,11 @@ ARMS = {
     "blocks-512": {"moba": blocks(512, 2)},
     "blocks-256": {"moba": blocks(256, 4)},
     "blocks-64": {"moba": blocks(64, 16)},
+    "full-low-rate": {"moba": blocks(128, 8), "schedule": FULL, **LOW_RATE},
+    "hybrid-low-rate": {"moba": blocks(128, 8, LAST_THREE), **LOW_RATE},
+    **{f"masked-{last}": {"moba": blocks(128, 8, range(-last, 0)), **MASKED} for last in (0, 1, 3, 5, 10)},
+    "masked-30": {"moba": blocks(128, 8), "schedule": FULL, **MASKED},
+    "masked-full": {"moba": blocks(128, 8), "schedule": FULL, **MASKED, "start": "full"},
 }
 
 
@@ -54,11 +70,21 @@ def main(argv: list[str] | None = None) -> list[Path]:
             print(f"{arm}: done, {folder / 'report.json'}")
             continue
         print(f"{arm}: {ARMS[arm]}", flush=True)
-        settings = {name: json.dumps(value) for name, value in ARMS[arm].items()}
+        settings, loader = dict(ARMS[arm]), load
+        if start := settings.pop("start", None):
+            settings |= {"model_name_or_path": str(options.folder / start / "model"), "gguf_file": ""}
+        if answer := settings.pop("answer", None):
+            loader = answers_only(load, answer)
         flags = {"config": options.config, "output_dir": folder, **settings}
-        continue_pretrain.main([str(word) for name in flags for word in (f"--{name}", flags[name])] + further, load)
+        words = [word for name, value in flags.items() for word in (f"--{name}", as_word(value))]
+        continue_pretrain.main(words + further, loader)
         gc.collect()  # the arm's model and its trainer name each other
     return folders
+
+
+def as_word(value) -> str:
+    """As the command line takes it: JSON, but for texts and paths."""
+    return str(value) if isinstance(value, (str, Path)) else json.dumps(value)
 
 
 def loading_once() -> Callable:
@@ -71,6 +97,34 @@ def loading_once() -> Callable:
         return loaded[0]
 
     return load
+
+
+def answers_only(load: Callable, positions: int) -> Callable:
+    """A `load` whose training sequences carry loss at their last positions alone; held-out text stays as it is."""
+
+    def load_masked(*arguments):
+        held_out, rows, count = load(*arguments)
+        return held_out, Answers(rows, positions), count
+
+    return load_masked
+
+
+@dataclass(frozen=True)
+class Answers(torch.utils.data.Dataset):
+    """Training sequences whose labels before the last `positions` are −100."""
+
+    rows: Sequence[dict]
+    positions: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> dict:
+        """input_ids and position_ids as they are; labels int64 [sequence_length]."""
+        row = self.rows[number]
+        labels = torch.tensor(row["labels"])
+        labels[: -self.positions] = IGNORED
+        return {**row, "labels": labels}
 
 
 if __name__ == "__main__":

@@ -54,17 +54,25 @@ def test_arms_share_their_text_and_leave_reports(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(SCRIPTS)
     study = load_script("study_quality")
     small = {"block_size": 8, "top_k": 2, "full_attention_layers": [-1]}
-    monkeypatch.setattr(
-        study, "ARMS", {name: {**arm, "moba": small} for name, arm in study.ARMS.items() if "seed" not in arm}
-    )
-    arms = ["full", "switch", "hybrid"]
+    tiny = {name: {**arm, "moba": small} for name, arm in study.ARMS.items() if "seed" not in arm}
+    few = {"start": "hybrid", "answer": 16, "max_steps": 4, "warmup_steps": 1, "eval_steps": 2, "recall_steps": 2}
+    tiny["masked-1"] |= few | {
+        "lr_scheduler_type": "warmup_stable_decay",
+        "lr_scheduler_kwargs": {"num_decay_steps": 1},
+    }
+    monkeypatch.setattr(study, "ARMS", tiny)
+    arms = ["full", "switch", "hybrid", "masked-1"]
     arguments = ["--folder", str(tmp_path / "runs"), "--config", str(tmp_path / "arm.yaml"), "--arms"]
     folders = study.main(arguments + arms)
     reports = {folder.name: json.loads((folder / "report.json").read_text()) for folder in folders}
     layers = {name: report["history"]["moba_layers"] for name, report in reports.items()}
-    assert layers == {"full": [0] * 10, "switch": [2] * 9 + [0], "hybrid": [2] * 10}
-    starts = [report["sequence_loss"]["before"]["full"] for report in reports.values()]
+    assert layers == {"full": [0] * 10, "switch": [2] * 9 + [0], "hybrid": [2] * 10, "masked-1": [2] * 4}
+    starts = [reports[name]["sequence_loss"]["before"]["full"] for name in arms[:3]]
     assert len(starts[0]) == 4 and starts[0] == starts[1] == starts[2]
+    found, left = reports["masked-1"]["sequence_loss"]["before"], reports["hybrid"]["sequence_loss"]["after"]
+    assert found["moba"] == pytest.approx(left["moba"], abs=1e-5) and found["full"] != pytest.approx(
+        starts[0], abs=1e-3
+    )
     report = reports["hybrid"]
     assert report["moba_after"]["mean"] == pytest.approx(sum(report["sequence_loss"]["after"]["moba"]) / 4, abs=1e-5)
 
@@ -75,21 +83,43 @@ def test_arms_share_their_text_and_leave_reports(tmp_path, monkeypatch):
     assert study.main(arguments + arms) == folders  # done: nothing is loaded, nothing trained
 
 
+def test_answers_alone_carry_loss():
+    """Of the training sequences; held-out text and the text that the arms share are left as they are."""
+    row = {"input_ids": [1, 2, 3, 2, 2], "labels": [1, 2, 3, 2, -100], "position_ids": [0, 1, 2, 3, 4]}
+    study = load_script("study_quality")
+    held_out, rows, count = study.answers_only(lambda *arguments: (arguments, [row], "count"), 2)("a", "b")
+    assert (held_out, count, len(rows)) == (("a", "b"), "count", 1)
+    assert {name: list(values) for name, values in rows[0].items()} == {**row, "labels": [-100, -100, -100, 2, -100]}
+    assert row["labels"] == [1, 2, 3, 2, -100]
+
+
+def test_masked_arms_keep_the_last_layers_full():
+    arms = load_script("study_quality").ARMS
+    full = {name: len(arm["moba"]["full_attention_layers"]) for name, arm in arms.items() if "answer" in arm}
+    assert full == {"masked-0": 0, "masked-1": 1, "masked-3": 3, "masked-5": 5, "masked-10": 10,
+                    "masked-30": 0, "masked-full": 0}  # fmt: skip
+    assert arms["masked-3"]["moba"]["full_attention_layers"] == [-3, -2, -1]
+    starts = {name: arms[name]["start"] for name in full}
+    assert set(starts.values()) == {"moba", "full"} and starts["masked-full"] == "full"
+
+
 def arm(full: float, moba: float, moba_tokens: int) -> dict:
     losses = {"full": [full, full], "moba": [moba, moba]}
     after = {mode: {"mean": loss, "trailing": loss + 0.5} for mode, (loss, _) in losses.items()}
     evaluations = [{"step": 1, "full_mean": full, "moba_mean": moba, "recall": 0.5}]
     return {
         "steps": 1, "trained_tokens": 100, "moba_tokens": moba_tokens, "tokens_per_second": 2500.0,
-        "full_before": {}, "moba_before": {}, "full_after": after["full"], "moba_after": after["moba"],
+        **{f"{mode}_{when}": loss for mode, loss in after.items() for when in ("before", "after")},
         "position_loss": {"after": {"ends": [8, 16], **losses}}, "evaluations": evaluations,
         "history": {"moba_layers": [2, 2 if moba_tokens == 100 else 0]}, "data": "left out",
     }  # fmt: skip
 
 
 def test_the_summary_holds_each_arm_against_full_attention(tmp_path):
-    """In the attention that an arm ends in; the file that it writes says as much as the folder."""
+    """That of the same training, in the attention that an arm ends in; the file that it writes says as much as the
+    folder."""
     arms = {"full": arm(2.0, 3.0, 0), "moba": arm(2.25, 2.5, 100), "switch": arm(2.125, 2.75, 90)}
+    arms |= {"hybrid-low-rate": arm(2.0, 2.25, 100), "masked-10": arm(2.0, 2.125, 100), "masked-full": arm(2.0, 3.0, 0)}
     for name, report in arms.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "report.json").write_text(json.dumps(report))
@@ -97,9 +127,14 @@ def test_the_summary_holds_each_arm_against_full_attention(tmp_path):
     text = summarize.main([str(tmp_path), "--json", str(tmp_path / "arms.json")])
     assert text.splitlines()[2:] == [
         "| full | full | 2.0000 | 2.5000 |  | 2K |",
+        "| hybrid-low-rate | moba | 2.2500 | 2.7500 |  | 2K |",
+        "| masked-10 | moba | 2.1250 | 2.6250 | +0.1250 / +0.1250 | 2K |",
+        "| masked-full | full | 2.0000 | 2.5000 |  | 2K |",
         "| moba | moba | 2.5000 | 3.0000 | +0.5000 / +0.5000 | 2K |",
         "| switch | full | 2.1250 | 2.6250 | +0.1250 / +0.1250 | 2K |",
     ]
+    *_, panel = summarize.figure(arms).axes
+    assert [list(line.get_xdata()) for line in panel.lines] == [[10], [10], [0, 1]]
     assert "left out" not in (tmp_path / "arms.json").read_text()
     assert summarize.main([str(tmp_path / "arms.json"), "--figure", str(tmp_path / "again.png")]) == text
     assert (tmp_path / "quality.png").stat().st_size and (tmp_path / "again.png").stat().st_size

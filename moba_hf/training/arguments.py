@@ -51,6 +51,7 @@ class ModelArguments:
         if not self.model_name_or_path:
             raise ValueError("model_name_or_path is missing: name a hub id, a local folder or package:NAME")
         _check_range("sequence_parallel_size", self.sequence_parallel_size, 1, None)
+        self.gguf_file = self.gguf_file or None  # --gguf_file "" takes back what a config file names
         for name in ("moba", "lora"):
             setattr(self, name, _from_json(name, getattr(self, name)))
         if self.moba is not None:
