@@ -147,9 +147,12 @@ def own_block_merge_kernel(
     """
     slice_head = tl.program_id(1).to(tl.int64)
     kv_head = (first_kv_head + tl.program_id(1)).to(tl.int64)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    taken = row < (end_token - first_token) * GROUP
-    token, head = token_and_head(row, first_token, GROUP)
+    first_row = tl.program_id(0) * ROWS
+    within = tl.arange(0, ROWS)
+    taken = within < (end_token - first_token) * GROUP - first_row
+    first_token += first_row // GROUP
+    place = first_row % GROUP + within  # the row, counted from head 0 of first_token
+    token, head = token_and_head(place, first_token, GROUP)
     d = tl.arange(0, WIDTH)
     q = load_rows(q_ptr + kv_head * GROUP * q_head, token, head, q_token, q_head, taken, HEAD_DIM, WIDTH)
     own_start = tl.load(own_start_ptr + token, mask=taken, other=total_k)
@@ -174,11 +177,18 @@ def own_block_merge_kernel(
             q, k_ptr, v_ptr, k_token, v_token, start, last, own_start, key_row, scale_log2, high, total, output,
             HEAD_DIM, WIDTH, KEYS, STAGES,
         )  # fmt: skip
-    out = kv_head * GROUP + token * heads + head
-    selected_ptr += out * SLOTS
-    entry = slice_head * partial_head + row.to(tl.int64) * SLOTS
+    # a row's place: the tile's in 64 bits, within the tile in 32; in 64 bits, those of all rows would spill
+    out = place // GROUP * heads + place % GROUP
+    first_out = first_token.to(tl.int64) * heads + kv_head * GROUP
+    selected_ptr += first_out * SLOTS
+    output_ptr += first_out * HEAD_DIM
+    lse_ptr += first_out
+    first_entry = slice_head * partial_head + first_row.to(tl.int64) * SLOTS
+    partial_ptr += first_entry * HEAD_DIM
+    partial_lse_ptr += first_entry
+    entry = within * SLOTS
     for slot in tl.range(0, SLOTS, num_stages=2):  # unrolled, the loads of all slots would spill
-        block = tl.load(selected_ptr + slot, mask=taken, other=-1)
+        block = tl.load(selected_ptr + out * SLOTS + slot, mask=taken, other=-1)
         some = block >= 0
         partial_lse = tl.load(partial_lse_ptr + entry + slot, mask=some, other=float("-inf"))
         partial_mask = some[:, None] & (d < HEAD_DIM)[None, :]
@@ -207,7 +217,8 @@ def _attend_range(
     Keys after the last may belong to no sequence and hold NaN, which a weight of 0 would keep: they are not read.
     """
     d = tl.arange(0, WIDTH)
-    for first in tl.range(start, last + 1, KEYS, num_stages=STAGES):
+    # disable_licm: masks of the keys recomputed rather than kept; the output leaves few registers for them
+    for first in tl.range(start, last + 1, KEYS, num_stages=STAGES, disable_licm=True):
         key = first + tl.arange(0, KEYS)
         key_mask = (key <= last)[:, None] & (d < HEAD_DIM)[None, :]
         key64 = key[:, None].to(tl.int64)
