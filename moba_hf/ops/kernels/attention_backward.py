@@ -115,34 +115,34 @@ def past_block_keys_kernel(
     entries_head, offsets_head, offsets_block, partial_head, first_token, first_kv_head, total_k, n_blocks,
     rows_per_program, heads, scale, scale_log2,
     GROUP: tl.constexpr, SLOTS: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, WITH_DQ: tl.constexpr, WRITE: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, WITH_DQ: tl.constexpr,
+    FIRST: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
     """dK / scale and dV of the queries that selected a block (step 3); WITH_DQ their partial dQ too: five matmuls.
 
     Program (i, h) owns one tile of keys of one block — the whole block WITH_DQ — and at most rows_per_program entries
-    of the block's bucket, for KV head first_kv_head + h: the bucket's first unless WRITE is "atomic", then one of the
-    further portions (`_portion`). Blocks that fill several key tiles take neighbouring programs, so that the gathered
-    rows are still in the L2 cache for the next one.
+    of the block's bucket, for KV head first_kv_head + h: the bucket's FIRST, or one of the further portions
+    (`_portion`). Blocks that fill several key tiles take neighbouring programs, so that the gathered rows are still in
+    the L2 cache for the next one.
     q, do: [total_q, heads, HEAD_DIM]; k, v: [total_k, kv_heads, HEAD_DIM]; lse, delta: float32 [total_q, heads];
     entries, offsets: those of `Buckets`; block_start: int32 [n_blocks];
     dq: [kv heads of the pass, entries, HEAD_DIM], each entry written once;
-    dk, dv: float32 [kv heads of the pass, total_k, HEAD_DIM], of which the keys of complete blocks are written: WRITE
-    is "first" for the first queries, whether or not any selected the block; "add" for further ones; "atomic" for
-    portions, of which several programs may hold the same keys.
+    dk, dv: float32 [kv heads of the pass, total_k, HEAD_DIM], of which the keys of complete blocks are written: STOREd
+    by the first portions of the first queries, whether or not any selected the block, and added to by all others.
     """
     key_tiles: tl.constexpr = (BLOCK_SIZE + KEYS - 1) // KEYS
     slice_head = tl.program_id(1).to(tl.int64)
     portion = tl.program_id(0) // key_tiles
     offsets_ptr += slice_head * offsets_head
-    if WRITE == "atomic":
-        bucket, begin, end = _portion(offsets_ptr, offsets_block, portion, n_blocks, rows_per_program)
-    else:
+    if FIRST:
         bucket = portion
         begin = tl.load(offsets_ptr + bucket.to(tl.int64) * offsets_block)
         end = tl.load(offsets_ptr + (bucket + 1).to(tl.int64) * offsets_block)
         end = tl.minimum(begin + rows_per_program, end)
+    else:
+        bucket, begin, end = _portion(offsets_ptr, offsets_block, portion, n_blocks, rows_per_program)
     block_start = tl.load(block_start_ptr + bucket)
-    if WRITE == "first":
+    if STORE:
         used = block_start < total_k
     else:
         used = begin < end
@@ -182,15 +182,12 @@ def past_block_keys_kernel(
             dq_mask = taken[:, None] & (d < HEAD_DIM)[None, :]
             tl.store(dq_ptr + out, dq.to(dq_ptr.dtype.element_ty), mask=dq_mask)
     out = slice_head * sum_head + key * sum_token + d[None, :]
-    if WRITE == "atomic":
-        tl.atomic_add(dk_ptr + out, dk, mask=key_mask, sem="relaxed")
-        tl.atomic_add(dv_ptr + out, dv, mask=key_mask, sem="relaxed")
-    else:
-        if WRITE == "add":
-            dk += tl.load(dk_ptr + out, mask=key_mask, other=0.0)
-            dv += tl.load(dv_ptr + out, mask=key_mask, other=0.0)
+    if STORE:
         tl.store(dk_ptr + out, dk, mask=key_mask)
         tl.store(dv_ptr + out, dv, mask=key_mask)
+    else:  # faster than load, add and store even where nobody else adds: the program does not wait for the sums
+        tl.atomic_add(dk_ptr + out, dk, mask=key_mask, sem="relaxed")
+        tl.atomic_add(dv_ptr + out, dv, mask=key_mask, sem="relaxed")
 
 
 @triton.jit
@@ -446,8 +443,7 @@ def past_block_keys(call: Backward, buckets, tokens, kv_heads, partials, sums, r
     rows: entries of a bucket that one program takes, at most.
     """
     tile, n_blocks = call.settings.past_keys, call.block_start.shape[0]
-    launches = {"add" if tokens.start else "first": n_blocks, "atomic": (buckets.most - 1) // rows}
-    for write, programs in launches.items():
+    for first, programs in ((True, n_blocks), (False, (buckets.most - 1) // rows)):
         if programs:
             past_block_keys_kernel[(programs * triton.cdiv(call.block_size, tile.keys), len(kv_heads))](
                 *call.tensors(), buckets.entries, buckets.offsets, call.block_start, partials, *sums,
@@ -455,7 +451,8 @@ def past_block_keys(call: Backward, buckets, tokens, kv_heads, partials, sums, r
                 *buckets.offsets.stride(), partials.stride(0), tokens.start, kv_heads.start, call.key.shape[0],
                 n_blocks, rows, call.query.shape[1],
                 SLOTS=call.selected_blocks.shape[2], BLOCK_SIZE=call.block_size,
-                WITH_DQ=call.settings.fused, WRITE=write, **call.scales(), **call.shapes(tile),
+                WITH_DQ=call.settings.fused, FIRST=first, STORE=first and tokens.start == 0,
+                **call.scales(), **call.shapes(tile),
             )  # fmt: skip
 
 
