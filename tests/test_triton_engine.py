@@ -177,18 +177,18 @@ def test_a_head_beyond_2_to_the_31_elements(which, kv_heads):
 
 
 def last_two_tokens(monkeypatch, query, key, value, selected):
-    """Output, lse, dQ, dK and dV of the last two queries of one sequence alone; blocks of 64, dK and dV not rounded."""
+    """Output, lse, dQ, dK and dV of the last two queries of one sequence alone; blocks of 128, dK and dV not rounded."""
     from moba_hf.ops.kernels import attention_backward, attention_forward
     from moba_hf.ops.kernels.backward_settings import backward_settings
     from moba_hf.ops.kernels.forward_settings import forward_settings
 
-    total, shape = query.shape[0], ((8, 6), query.dtype, query.shape[2], 64)
+    total, shape = query.shape[0], ((8, 6), query.dtype, query.shape[2], 128)
     last = range(total - 2, total)
     monkeypatch.setattr(attention_forward, "token_passes", lambda *_: [last])
-    layout = BlockLayout.build(cu([total]), cu([total]), total, total, 64)
-    call = (selected, layout, 64, 0.25, forward_settings(*shape), False)
+    layout = BlockLayout.build(cu([total]), cu([total]), total, total, 128)
+    call = (selected, layout, 128, 0.25, forward_settings(*shape), False)
     output, lse = attention_forward.forward_pass(query, key, value, *call)
-    where = (selected, layout.own_start, layout.key_row, layout.block_start, 64, 0.25, backward_settings(*shape))
+    where = (selected, layout.own_start, layout.key_row, layout.block_start, 128, 0.25, backward_settings(*shape))
     backward = attention_backward.Backward(query, key, value, query, lse, lse, *where)
     dq = torch.empty_like(query)
     sums = [torch.zeros(key.shape[1], key.shape[0], query.shape[2]) for _ in "kv"]
@@ -203,8 +203,8 @@ def test_tokens_beyond_2_to_the_31_elements(monkeypatch, tmp_path):
     The two last tokens get what they get where the blocks they attend are all there is.
     """
     tokens, heads, slots, width = 2**18 + 16, 128, 64, 258
-    blocks = torch.arange(slots) * 10 + 2**12 - 640
-    attended = torch.cat([(blocks[:, None] * 64 + torch.arange(64)).flatten(), torch.arange(2**18, tokens)])
+    blocks = torch.arange(slots) * 10 + 2**11 - 640
+    attended = torch.cat([(blocks[:, None] * 128 + torch.arange(128)).flatten(), torch.arange(2**18, tokens)])
     small = torch.randn(len(attended), width, 64, generator=torch.Generator().manual_seed(0)).half()
     selected = torch.arange(slots, dtype=torch.int32).expand(len(attended), heads, slots).contiguous()
     split = lambda x: (x[:, :heads], x[:, 128:129], x[:, 129:130])  # noqa: E731
