@@ -177,7 +177,7 @@ def test_a_head_beyond_2_to_the_31_elements(which, kv_heads):
 
 
 def last_two_tokens(monkeypatch, query, key, value, selected):
-    """Output, lse, dQ, dK and dV of the last two queries of one sequence alone; blocks of 128, dK and dV not rounded."""
+    """Output, lse, dQ, dK and dV of the last two queries of one sequence alone; blocks of 128, dK, dV in float32."""
     from moba_hf.ops.kernels import attention_backward, attention_forward
     from moba_hf.ops.kernels.backward_settings import backward_settings
     from moba_hf.ops.kernels.forward_settings import forward_settings
