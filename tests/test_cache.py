@@ -4,18 +4,19 @@ Lengths and block sizes: rows that start at different places, blocks that divide
 block, completes one, or completes several.
 """
 
+import contextlib
 import copy
 import gc
 import weakref
 
 import pytest
 import torch
-from models import BLOCK_SIZE, TOP_K
+from models import BLOCK_SIZE, TOP_K, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moba_hf
 from moba_hf import ops
-from moba_hf.integration.cache import MobaLayer
+from moba_hf.integration.cache import MobaCache, MobaLayer
 
 HEADS, WIDTH = 2, 8
 
@@ -100,6 +101,25 @@ def test_reset_offload_prefetch_and_copies(filled):
     filled.reset()
     filled.update(*states(3, 9, seed=5))
     check(filled, STARTS, BLOCK_SIZE)
+
+
+def test_prefetching_waits_for_the_copies_to_the_cpu(monkeypatch):
+    """On a busy GPU of Transformers 5.17 a layer came back before it had gone, and with it stale keys."""
+    done = []
+
+    class Stream(contextlib.nullcontext):
+        device = torch.device("cuda", 0)
+
+        def wait_stream(self, other):
+            done.append(f"wait for {other}")
+
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: f"all on {device}")
+    cache = MobaCache(tiny_model(num_hidden_layers=2).config)
+    cache.prefetch_stream = Stream()
+    for number, layer in enumerate(cache.layers):
+        monkeypatch.setattr(layer, "prefetch", lambda number=number: done.append(f"fetch {number}"))
+    cache.prefetch(1)
+    assert done == ["wait for all on cuda:0", "fetch 1"]
 
 
 def test_other_settings_and_modes(filled):

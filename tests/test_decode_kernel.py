@@ -178,8 +178,10 @@ def test_in_a_cuda_graph():
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 @pytest.mark.parametrize("offloading", [False, True])
 def test_generate_on_a_gpu(offloading):
-    """The text of every other cache, also with keys and values offloaded between the layers."""
+    """The text of every other cache, also with keys and values offloaded between the layers, while the GPU is busy."""
     model = tiny_model(num_hidden_layers=3).to(DEVICE)
+    for layer in model.model.layers:  # some milliseconds: what other streams do not wait for, they overtake
+        layer.register_forward_pre_hook(lambda *_: torch.cuda._sleep(10**7))
     moba_hf.configure(model, decode="moba", engine="triton")
     ids = tokens(2, 40).to(DEVICE)
     mask = torch.ones_like(ids)

@@ -33,6 +33,14 @@ class MobaCache(DynamicCache):
         super().__init__(config=config, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
         self.layers = [MobaLayer() if type(layer) is DynamicLayer else layer for layer in self.layers]
 
+    def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        """Bring an offloaded layer back, after the work queued so far: the copy to the CPU may not have ended.
+
+        Transformers waits for it since a release after 5.17, whose own offloaded caches may return stale keys.
+        """
+        self.prefetch_stream.wait_stream(torch.cuda.default_stream(self.prefetch_stream.device))
+        super().prefetch(layer_idx, only_non_sliding)
+
 
 class MobaLayer(DynamicLayer):
     """Keys and values of one layer [batch, kv_heads, length, head_dim], and the means of their blocks.
