@@ -60,7 +60,7 @@ def table(capability, dtype, head_dim: int, block_size: int) -> dict[str, Tile]:
         past_keys = Tile(64, 128, 8, 3 if block_size <= _LARGEST_FUSED_BLOCK else 2)
         if capability[0] > 9 and block_size <= _LARGEST_FUSED_BLOCK:
             past_keys = Tile(64, 64, 8, 2)  # five matmuls with 128 keys need 576 columns of tensor memory, of 512
-        return _tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), past_keys, Tile(128, 32, 8, 3))
+        return _tiles(Tile(32, 64, 4, 2), Tile(64, 64, 4, 2), past_keys, Tile(128, 32, 8, 3))
     return _tiles(Tile(32, 64, 8, 1), Tile(64, 32, 8, 2), Tile(32, 64, 8, 1), Tile(64, 32, 8, 2))
 
 
