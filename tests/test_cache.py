@@ -108,8 +108,6 @@ def test_prefetching_waits_for_the_copies_to_the_cpu(monkeypatch):
     done = []
 
     class Stream(contextlib.nullcontext):
-        device = torch.device("cuda", 0)
-
         def wait_stream(self, other):
             done.append(f"wait for {other}")
 
@@ -117,9 +115,10 @@ def test_prefetching_waits_for_the_copies_to_the_cpu(monkeypatch):
     cache = MobaCache(tiny_model(num_hidden_layers=2).config)
     cache.prefetch_stream = Stream()
     for number, layer in enumerate(cache.layers):
+        layer.update(*states(1, 3))
         monkeypatch.setattr(layer, "prefetch", lambda number=number: done.append(f"fetch {number}"))
     cache.prefetch(1)
-    assert done == ["wait for all on cuda:0", "fetch 1"]
+    assert done == ["wait for all on cpu", "fetch 1"]
 
 
 def test_other_settings_and_modes(filled):

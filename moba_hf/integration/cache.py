@@ -38,7 +38,8 @@ class MobaCache(DynamicCache):
 
         Transformers waits for it since a release after 5.17, whose own offloaded caches may return stale keys.
         """
-        self.prefetch_stream.wait_stream(torch.cuda.default_stream(self.prefetch_stream.device))
+        for device in {layer.device for layer in self.layers if getattr(layer, "is_initialized", False)}:
+            self.prefetch_stream.wait_stream(torch.cuda.default_stream(device))
         super().prefetch(layer_idx, only_non_sliding)
 
 
