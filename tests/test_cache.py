@@ -103,22 +103,76 @@ def test_reset_offload_prefetch_and_copies(filled):
     check(filled, STARTS, BLOCK_SIZE)
 
 
-def test_prefetching_waits_for_the_copies_to_the_cpu(monkeypatch):
-    """On a busy GPU of Transformers 5.17 a layer came back before it had gone, and with it stale keys."""
+class Stream(contextlib.nullcontext):
+    """In place of a GPU's: notes in `done` for which stream it waits."""
+
+    def __init__(self, name: str, done: list[str]):
+        super().__init__()
+        self.name, self.done = name, done
+
+    def wait_stream(self, other):
+        self.done.append(f"{self.name} waits for {other.name}")
+
+
+def noted_cache(monkeypatch, layers: int):
+    """An offloaded cache after one token, and the list of what it does from then on, in order."""
     done = []
+    monkeypatch.setattr(torch, "Stream", lambda: Stream("prefetch", done))
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: Stream("default", done))
+    cache = MobaCache(tiny_model(num_hidden_layers=layers).config, offloading=True)
 
-    class Stream(contextlib.nullcontext):
-        def wait_stream(self, other):
-            done.append(f"wait for {other}")
+    def note(layer, name, what):
+        run = getattr(layer, name)
+        monkeypatch.setattr(layer, name, lambda *args: (done.append(what), run(*args))[1])
 
-    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: f"all on {device}")
-    cache = MobaCache(tiny_model(num_hidden_layers=2).config)
-    cache.prefetch_stream = Stream()
     for number, layer in enumerate(cache.layers):
-        layer.update(*states(1, 3))
-        monkeypatch.setattr(layer, "prefetch", lambda number=number: done.append(f"fetch {number}"))
-    cache.prefetch(1)
-    assert done == ["wait for all on cpu", "fetch 1"]
+        layer.update(*states(2, 1))
+        note(layer, "prefetch", f"fetch {number}")
+        note(layer, "update", f"read {number}")
+        note(layer, "offload", f"send {number}")
+        note(layer, "reorder_cache", f"reorder {number}")
+    done.clear()
+    return cache, done
+
+
+def in_order(done, *events) -> bool:
+    """Whether `done` holds the events in this order, with others between them."""
+    left = iter(done)
+    return all(event in left for event in events)
+
+
+@torch.no_grad()
+def test_fetching_waits_for_the_copies_to_the_cpu_and_for_earlier_reads(monkeypatch):
+    """On a busy GPU of Transformers 5.17 a layer came back before it had gone, or onto keys not yet read."""
+    cache, done = noted_cache(monkeypatch, 2)
+    cache.prefetch(1)  # whatever else the installed Transformers waits for
+    assert done == ["prefetch waits for default", "fetch 1"]
+    done.clear()
+    for layer in (0, 1):
+        cache.update(*states(2, 1), layer)
+    assert in_order(done, "send 0", "prefetch waits for default", "fetch 0")
+    assert in_order(done, "read 0", "prefetch waits for default", "fetch 0")
+    assert in_order(done, "fetch 1", "default waits for prefetch", "read 1")
+
+
+@torch.no_grad()
+def test_the_only_offloaded_layer_is_read_after_it_came_back(monkeypatch):
+    """Fetched in its own turn: Transformers waits for the fetches before this one alone."""
+    cache, done = noted_cache(monkeypatch, 1)
+    layer, elsewhere = cache.layers[0], states(2, 1)[0]
+    fetch = layer.prefetch
+    monkeypatch.setattr(layer, "prefetch", lambda: (fetch(), setattr(layer, "keys", elsewhere)))  # as from the CPU
+    cache.update(*states(2, 1), 0)
+    assert in_order(done, "prefetch waits for default", "fetch 0", "default waits for prefetch", "read 0")
+
+
+@torch.no_grad()
+def test_beams_are_reordered_after_the_first_layer_came_back(monkeypatch):
+    cache, done = noted_cache(monkeypatch, 2)
+    for layer in (0, 1):
+        cache.update(*states(2, 1), layer)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    assert in_order(done, "fetch 0", "default waits for prefetch", "reorder 0")
 
 
 def test_other_settings_and_modes(filled):

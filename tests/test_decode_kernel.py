@@ -176,17 +176,20 @@ def test_in_a_cuda_graph():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("padded", [False, True])  # where it is, the first layer waits for the device
+@pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("offloading", [False, True])
-def test_generate_on_a_gpu(offloading):
+def test_generate_on_a_gpu(offloading, layers, padded):
     """The text of every other cache, also with keys and values offloaded between the layers, while the GPU is busy."""
-    model = tiny_model(num_hidden_layers=3).to(DEVICE)
+    model = tiny_model(num_hidden_layers=layers).to(DEVICE)
     for layer in model.model.layers:  # some milliseconds: what other streams do not wait for, they overtake
         layer.register_forward_pre_hook(lambda *_: torch.cuda._sleep(10**7))
     moba_hf.configure(model, decode="moba", engine="triton")
     ids = tokens(2, 40).to(DEVICE)
     mask = torch.ones_like(ids)
-    mask[1, :7] = 0
+    mask[1, : 7 * padded] = 0
     where = dict(attention_mask=mask, max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0)
     expected = model.generate(ids, **where)
-    cache = MobaCache(model.config, offloading=offloading)
-    assert torch.equal(model.generate(ids, past_key_values=cache, **where), expected)
+    for _ in range(3):
+        cache = MobaCache(model.config, offloading=offloading)
+        assert torch.equal(model.generate(ids, past_key_values=cache, **where), expected)

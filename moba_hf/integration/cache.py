@@ -34,13 +34,31 @@ class MobaCache(DynamicCache):
         self.layers = [MobaLayer() if type(layer) is DynamicLayer else layer for layer in self.layers]
 
     def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
-        """Bring an offloaded layer back, after the work queued so far: the copy to the CPU may not have ended.
+        """Bring the next offloaded layer back, after the work queued so far; called in the turn of layer_idx - 1.
 
-        Transformers waits for it since a release after 5.17, whose own offloaded caches may return stale keys.
+        That work holds the copy to the CPU, and the last read of keys fetched before, whose memory these ones may get.
+        Transformers waits for it since 5.20: before, its own offloaded caches may return wrong keys.
         """
-        for device in {layer.device for layer in self.layers if getattr(layer, "is_initialized", False)}:
-            self.prefetch_stream.wait_stream(torch.cuda.default_stream(device))
+        defaults = self._default_streams()
+        for default in defaults:
+            self.prefetch_stream.wait_stream(default)
+        due = self.layers[layer_idx - 1]
+        keys = due.keys
         super().prefetch(layer_idx, only_non_sliding)
+        if due.keys is not keys:  # the only offloaded layer comes back in its own turn, with no other to hide behind
+            for default in defaults:
+                default.wait_stream(self.prefetch_stream)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        if self.offloading:  # the first layer may still be on its way back
+            for default in self._default_streams():
+                default.wait_stream(self.prefetch_stream)
+        super().reorder_cache(beam_idx)
+
+    def _default_streams(self) -> list[torch.Stream]:
+        """Of every device that holds a layer."""
+        devices = {layer.device for layer in self.layers if getattr(layer, "is_initialized", False)}
+        return [torch.cuda.default_stream(device) for device in devices]
 
 
 class MobaLayer(DynamicLayer):
