@@ -191,8 +191,9 @@ def last_two_tokens(monkeypatch, query, key, value, selected):
     where = (selected, layout.own_start, layout.key_row, layout.block_start, 128, 0.25, backward_settings(*shape))
     backward = attention_backward.Backward(query, key, value, query, lse, lse, *where)
     dq = torch.empty_like(query)
+    since = torch.full((key.shape[1], layout.block_start.shape[0]), -1, dtype=torch.int32)
     sums = [torch.zeros(key.shape[1], key.shape[0], query.shape[2]) for _ in "kv"]
-    attention_backward._query_pass(backward, layout, last, range(key.shape[1]), sums, dq, False)
+    attention_backward._query_pass(backward, layout, last, range(key.shape[1]), (since, *sums), dq, False)
     return output[-2:], lse[-2:], dq[-2:], *sums
 
 

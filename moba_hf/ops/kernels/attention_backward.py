@@ -50,7 +50,7 @@ def delta_kernel(
 @triton.jit(do_not_specialize=["first_kv_head", "total_k", "n_blocks", "block_size"])
 def own_block_keys_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, own_start_ptr, key_row_ptr, first_query_ptr, end_query_ptr,
-    block_start_ptr, sum_k_ptr, sum_v_ptr, dk_ptr, dv_ptr,
+    block_start_ptr, since_ptr, sum_k_ptr, sum_v_ptr, dk_ptr, dv_ptr,
     q_token, q_head, k_token, k_head, v_token, v_head, do_token, do_head, sum_token, sum_head, dk_token, dk_head,
     dv_token, dv_head, first_kv_head, total_k, n_blocks, block_size, heads, scale, scale_log2,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
@@ -62,8 +62,8 @@ def own_block_keys_kernel(
     begin, and reads the queries first_query[i] … end_query[i] − 1. A query attends the keys own_start … key_row.
     q, do: [total_q, heads, HEAD_DIM]; k, v: [total_k, kv_heads, HEAD_DIM]; lse, delta: float32 [total_q, heads];
     own_start, key_row: int32 [total_q]; first_query, end_query: int32 [key tiles]; block_start: int32 [n_blocks];
-    sum_k, sum_v: those of `past_block_keys_kernel`, read once where a key lies in a complete block, not at all unless
-    PAST; dk, dv: [total_k, kv_heads, HEAD_DIM], every element of the pass's heads written once.
+    since, sum_k, sum_v: those of `past_block_keys_kernel`, read once where the key's block was selected, not at all
+    unless PAST; dk, dv: [total_k, kv_heads, HEAD_DIM], every element of the pass's heads written once.
     """
     tile, slice_head = tl.program_id(0), tl.program_id(1)
     kv_head = (first_kv_head + slice_head).to(tl.int64)
@@ -76,7 +76,9 @@ def own_block_keys_kernel(
     dk = tl.zeros([KEYS, WIDTH], tl.float32)
     dv = tl.zeros([KEYS, WIDTH], tl.float32)
     if PAST:
-        summed = key_mask & _in_block(block_start_ptr, key, n_blocks, block_size, total_k)[:, None]
+        summed = key_mask & _selected(
+            block_start_ptr, since_ptr + slice_head * n_blocks, key, n_blocks, block_size, total_k
+        )[:, None]  # fmt: skip
         sums = slice_head.to(tl.int64) * sum_head + key64 * sum_token + d[None, :]
         dk = tl.load(sum_k_ptr + sums, mask=summed, other=0.0)
         dv = tl.load(sum_v_ptr + sums, mask=summed, other=0.0)
@@ -110,7 +112,8 @@ def own_block_keys_kernel(
 @triton.jit(do_not_specialize=["entries_head", "offsets_head", "offsets_block", "first_token", "first_kv_head",
                                "total_k", "n_blocks", "rows_per_program"])  # fmt: skip
 def past_block_keys_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, entries_ptr, offsets_ptr, block_start_ptr, dq_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, entries_ptr, offsets_ptr, block_start_ptr, since_ptr, dq_ptr,
+    dk_ptr, dv_ptr,
     q_token, q_head, k_token, k_head, v_token, v_head, do_token, do_head, sum_token, sum_head,
     entries_head, offsets_head, offsets_block, partial_head, first_token, first_kv_head, total_k, n_blocks,
     rows_per_program, heads, scale, scale_log2,
@@ -127,8 +130,10 @@ def past_block_keys_kernel(
     q, do: [total_q, heads, HEAD_DIM]; k, v: [total_k, kv_heads, HEAD_DIM]; lse, delta: float32 [total_q, heads];
     entries, offsets: those of `Buckets`; block_start: int32 [n_blocks];
     dq: [kv heads of the pass, entries, HEAD_DIM], each entry written once;
-    dk, dv: float32 [kv heads of the pass, total_k, HEAD_DIM], of which the keys of complete blocks are written: STOREd
-    by the first portions of the first queries, whether or not any selected the block, and added to by all others.
+    dk, dv: float32 [kv heads of the pass, total_k, HEAD_DIM], of which the keys of blocks that were selected are
+    written: stored by the first portion of the first pass that has one, and added to by all others;
+    since: int32 [kv heads of the pass, n_blocks], the first token of the pass that stored the sums of each block, or
+    −1; what it holds before the first pass, that of STORE, is not read.
     """
     key_tiles: tl.constexpr = (BLOCK_SIZE + KEYS - 1) // KEYS
     slice_head = tl.program_id(1).to(tl.int64)
@@ -140,12 +145,16 @@ def past_block_keys_kernel(
         end = tl.load(offsets_ptr + (bucket + 1).to(tl.int64) * offsets_block)
         end = tl.minimum(begin + rows_per_program, end)
     else:
-        bucket, begin, end = _portion(offsets_ptr, offsets_block, portion, n_blocks, rows_per_program)
+        bucket, begin, end = _portion(offsets_ptr, offsets_block, portion, n_blocks, rows_per_program, 128)
     block_start = tl.load(block_start_ptr + bucket)
+    used, begun = begin < end, not STORE
+    since_ptr += slice_head * n_blocks + bucket
     if STORE:
-        used = block_start < total_k
-    else:
-        used = begin < end
+        tl.store(since_ptr, tl.where(used, first_token, -1))
+    elif FIRST:
+        since = tl.load(since_ptr)
+        begun = (since >= 0) & (since < first_token)  # one of this pass is what another tile of the block's keys noted
+        tl.store(since_ptr, tl.where(begun | (not used), since, first_token))
     if not used:
         return
     kv_head = (first_kv_head + tl.program_id(1)).to(tl.int64)  # head strides reach past 2³¹
@@ -159,7 +168,7 @@ def past_block_keys_kernel(
     dv = tl.zeros([KEYS, WIDTH], tl.float32)
     entries_ptr += slice_head * entries_head
     dq_ptr += slice_head * partial_head
-    # disable_licm: see `own_block_keys_kernel`; 16 registers spilled without it, 2 with it at head_dim 128
+    # disable_licm: see `own_block_keys_kernel`
     for first in tl.range(begin, end, ROWS, num_stages=STAGES, disable_licm=True):
         taken = first + tl.arange(0, ROWS) < end
         entry = tl.load(entries_ptr + first + tl.arange(0, ROWS), mask=taken, other=0)
@@ -182,29 +191,30 @@ def past_block_keys_kernel(
             dq_mask = taken[:, None] & (d < HEAD_DIM)[None, :]
             tl.store(dq_ptr + out, dq.to(dq_ptr.dtype.element_ty), mask=dq_mask)
     out = slice_head * sum_head + key * sum_token + d[None, :]
-    if STORE:
-        tl.store(dk_ptr + out, dk, mask=key_mask)
-        tl.store(dv_ptr + out, dv, mask=key_mask)
-    else:  # faster than load, add and store even where nobody else adds: the program does not wait for the sums
+    if begun:  # faster than load, add and store even where nobody else adds: the program does not wait for the sums
         tl.atomic_add(dk_ptr + out, dk, mask=key_mask, sem="relaxed")
         tl.atomic_add(dv_ptr + out, dv, mask=key_mask, sem="relaxed")
+    else:
+        tl.store(dk_ptr + out, dk, mask=key_mask)
+        tl.store(dv_ptr + out, dv, mask=key_mask)
 
 
 @triton.jit
-def _portion(offsets_ptr, offsets_block, number, n_blocks, rows):
+def _portion(offsets_ptr, offsets_block, number, n_blocks, rows, WIDE: tl.constexpr):
     """(bucket, begin, end) of a portion of at most `rows` entries beyond the first of its bucket; empty if unused.
 
     With p entries before bucket b, its further portions have the numbers from p // rows on. There are
     (size − 1) // rows of them, and the next bucket's begin at (p + size) // rows or after: no two share a number.
     """
     origin = tl.load(offsets_ptr)
-    low, high = number * 0, number * 0 + n_blocks  # the last bucket whose portions begin at `number` or before
-    while high - low > 1:
-        middle = (low + high) // 2
-        if (tl.load(offsets_ptr + middle.to(tl.int64) * offsets_block) - origin) // rows <= number:
-            low = middle
-        else:
-            high = middle
+    low, size = number * 0, number * 0 + n_blocks  # holds the last bucket whose portions begin at `number` or before
+    while size > 1:
+        step = (size + WIDE - 1) // WIDE
+        bucket = low + tl.arange(0, WIDE) * step
+        offset = tl.load(offsets_ptr + bucket.to(tl.int64) * offsets_block, mask=bucket < low + size, other=2147483647)
+        before = (offset - origin) // rows <= number
+        last = low + (tl.sum((before & (bucket < low + size)).to(tl.int32), 0) - 1) * step
+        size, low = tl.minimum(step, low + size - last), last
     bucket = low
     start = tl.load(offsets_ptr + bucket.to(tl.int64) * offsets_block)
     begin = start + (number - (start - origin) // rows + 1) * rows
@@ -213,15 +223,20 @@ def _portion(offsets_ptr, offsets_block, number, n_blocks, rows):
 
 
 @triton.jit
-def _in_block(block_start_ptr, key, n_blocks, block_size, total_k):
-    """Whether each packed key lies in a complete block.
+def _selected(block_start_ptr, since_ptr, key, n_blocks, block_size, total_k):
+    """Whether each packed key lies in a complete block that a query selected.
 
     A block's number is ⌊first row of its sequence / block size⌋ plus its number there: ⌊key / block size⌋ or one less.
     """
     number = key // block_size
-    start = tl.load(block_start_ptr + number, mask=number < n_blocks, other=total_k)
-    before = tl.load(block_start_ptr + number - 1, mask=(number > 0) & (number <= n_blocks), other=total_k)
-    return ((start <= key) & (key < start + block_size)) | ((before <= key) & (key < before + block_size))
+    inside, inside_before = number < n_blocks, (number > 0) & (number <= n_blocks)
+    start = tl.load(block_start_ptr + number, mask=inside, other=total_k)
+    before = tl.load(block_start_ptr + number - 1, mask=inside_before, other=total_k)
+    in_this = (start <= key) & (key < start + block_size)
+    in_before = (before <= key) & (key < before + block_size)
+    chosen = tl.load(since_ptr + number, mask=inside & in_this, other=-1)
+    chosen_before = tl.load(since_ptr + number - 1, mask=inside_before & in_before, other=-1)
+    return (chosen >= 0) | (chosen_before >= 0)
 
 
 @triton.jit(do_not_specialize=["entries_head", "first_token", "first_kv_head", "max_tiles"])
@@ -439,15 +454,16 @@ def past_block_keys(call: Backward, buckets, tokens, kv_heads, partials, sums, r
     """Sum the past blocks' part of dK and dV, and leave partial dQ where the settings say so (`fused`).
 
     buckets: of the queries `tokens` and the heads `kv_heads`. partials: [kv heads of the pass, len(tokens) · group ·
-    slots, head_dim]. sums: two of float32 [kv heads of the pass, total_k, head_dim], unwritten before the first tokens.
+    slots, head_dim]. sums: int32 [kv heads of the pass, n_blocks] and two of float32 [kv heads of the pass, total_k,
+    head_dim], unwritten before the first tokens: the kernel's since, dk and dv.
     rows: entries of a bucket that one program takes, at most.
     """
     tile, n_blocks = call.settings.past_keys, call.block_start.shape[0]
     for first, programs in ((True, n_blocks), (False, (buckets.most - 1) // rows)):
         if programs:
             past_block_keys_kernel[(programs * triton.cdiv(call.block_size, tile.keys), len(kv_heads))](
-                *call.tensors(), buckets.entries, buckets.offsets, call.block_start, partials, *sums,
-                *call.strides(), sums[0].stride(1), sums[0].stride(0), buckets.entries.stride(0),
+                *call.tensors(), buckets.entries, buckets.offsets, call.block_start, sums[0], partials, *sums[1:],
+                *call.strides(), sums[1].stride(1), sums[1].stride(0), buckets.entries.stride(0),
                 *buckets.offsets.stride(), partials.stride(0), tokens.start, kv_heads.start, call.key.shape[0],
                 n_blocks, rows, call.query.shape[1],
                 SLOTS=call.selected_blocks.shape[2], BLOCK_SIZE=call.block_size,
@@ -461,10 +477,10 @@ def own_block_keys(call: Backward, kv_heads: range, sums, grad_key: torch.Tensor
     tile, total_k = call.settings.own_keys, call.key.shape[0]
     queries = own_queries(call.own_start, call.key_row, total_k, tile.keys)
     past = bool(sums)
-    sums = sums or (call.delta, call.delta)  # not read
+    sums = sums or (call.own_start, call.delta, call.delta)  # not read
     own_block_keys_kernel[(queries.shape[1], len(kv_heads))](
         *call.tensors(), call.own_start, call.key_row, *queries.unbind(), call.block_start, *sums, grad_key, grad_value,
-        *call.strides(), sums[0].stride(-2), sums[0].stride(0), *grad_key.stride()[:2], *grad_value.stride()[:2],
+        *call.strides(), sums[1].stride(-2), sums[1].stride(0), *grad_key.stride()[:2], *grad_value.stride()[:2],
         kv_heads.start, total_k, call.block_start.shape[0], call.block_size, call.query.shape[1],
         PAST=past, **call.scales(), **call.shapes(tile),
     )  # fmt: skip
@@ -520,7 +536,8 @@ def _head_pass(call: Backward, layout, heads: range, token_bytes: int, grads, de
     sums = ()
     if call.selected_blocks.numel() and call.block_start.numel():
         shape = (len(heads), total_k, head_dim)
-        sums = tuple(torch.empty(shape, dtype=torch.float32, device=call.key.device) for _ in "kv")
+        since = call.block_start.new_empty((len(heads), call.block_start.shape[0]))
+        sums = since, *(torch.empty(shape, dtype=torch.float32, device=call.key.device) for _ in "kv")
     for tokens in token_passes(call.query.shape[0], token_bytes):
         _query_pass(call, layout, tokens, heads, sums, grads[0], deterministic)
     own_block_keys(call, heads, sums, *grads[1:])
