@@ -155,13 +155,14 @@ def past_block_keys_kernel(
         since = tl.load(since_ptr)
         begun = (since >= 0) & (since < first_token)  # one of this pass is what another tile of the block's keys noted
         tl.store(since_ptr, tl.where(begun | (not used), since, first_token))
-    if not used:
-        return
+    if not STORE:  # there, programs without work that do not end here leave the others 12 registers more
+        if not used:
+            return
     kv_head = (first_kv_head + tl.program_id(1)).to(tl.int64)  # head strides reach past 2³¹
     d = tl.arange(0, WIDTH)
     within = (tl.program_id(0) % key_tiles) * KEYS + tl.arange(0, KEYS)
     key = (block_start + within)[:, None].to(tl.int64)
-    key_mask = (within < BLOCK_SIZE)[:, None] & (d < HEAD_DIM)[None, :]
+    key_mask = (within < tl.where(used, BLOCK_SIZE, 0))[:, None] & (d < HEAD_DIM)[None, :]
     k = tl.load(k_ptr + key * k_token + kv_head * k_head + d[None, :], mask=key_mask, other=0.0)
     v = tl.load(v_ptr + key * v_token + kv_head * v_head + d[None, :], mask=key_mask, other=0.0)
     dk = tl.zeros([KEYS, WIDTH], tl.float32)
