@@ -27,6 +27,8 @@ from .primitives import LOG2_E, load_rows, token_and_head
 from .tuned_tiles import Tile
 from .workspace import head_passes, token_passes
 
+_LOOKED_AT = tl.constexpr(128)  # buckets at a time, in the search for a portion's
+
 
 @triton.jit(do_not_specialize=["rows"])
 def delta_kernel(
@@ -145,7 +147,7 @@ def past_block_keys_kernel(
         end = tl.load(offsets_ptr + (bucket + 1).to(tl.int64) * offsets_block)
         end = tl.minimum(begin + rows_per_program, end)
     else:
-        bucket, begin, end = _portion(offsets_ptr, offsets_block, portion, n_blocks, rows_per_program, 128)
+        bucket, begin, end = _portion(offsets_ptr, offsets_block, portion, n_blocks, rows_per_program)
     block_start = tl.load(block_start_ptr + bucket)
     used, begun = begin < end, not STORE
     since_ptr += slice_head * n_blocks + bucket
@@ -155,7 +157,7 @@ def past_block_keys_kernel(
         since = tl.load(since_ptr)
         begun = (since >= 0) & (since < first_token)  # one of this pass is what another tile of the block's keys noted
         tl.store(since_ptr, tl.where(begun | (not used), since, first_token))
-    if not STORE:  # there, programs without work that do not end here leave the others 12 registers more
+    if not STORE:  # there, empty programs run on behind their mask: ending them here spilled 16 registers, not 4
         if not used:
             return
     kv_head = (first_kv_head + tl.program_id(1)).to(tl.int64)  # head strides reach past 2³¹
@@ -201,7 +203,7 @@ def past_block_keys_kernel(
 
 
 @triton.jit
-def _portion(offsets_ptr, offsets_block, number, n_blocks, rows, WIDE: tl.constexpr):
+def _portion(offsets_ptr, offsets_block, number, n_blocks, rows):
     """(bucket, begin, end) of a portion of at most `rows` entries beyond the first of its bucket; empty if unused.
 
     With p entries before bucket b, its further portions have the numbers from p // rows on. There are
@@ -210,8 +212,8 @@ def _portion(offsets_ptr, offsets_block, number, n_blocks, rows, WIDE: tl.conste
     origin = tl.load(offsets_ptr)
     low, size = number * 0, number * 0 + n_blocks  # holds the last bucket whose portions begin at `number` or before
     while size > 1:
-        step = (size + WIDE - 1) // WIDE
-        bucket = low + tl.arange(0, WIDE) * step
+        step = (size + _LOOKED_AT - 1) // _LOOKED_AT
+        bucket = low + tl.arange(0, _LOOKED_AT) * step
         offset = tl.load(offsets_ptr + bucket.to(tl.int64) * offsets_block, mask=bucket < low + size, other=2147483647)
         before = (offset - origin) // rows <= number
         last = low + (tl.sum((before & (bucket < low + size)).to(tl.int32), 0) - 1) * step
@@ -460,11 +462,12 @@ def past_block_keys(call: Backward, buckets, tokens, kv_heads, partials, sums, r
     rows: entries of a bucket that one program takes, at most.
     """
     tile, n_blocks = call.settings.past_keys, call.block_start.shape[0]
+    since, dk, dv = sums
     for first, programs in ((True, n_blocks), (False, (buckets.most - 1) // rows)):
         if programs:
             past_block_keys_kernel[(programs * triton.cdiv(call.block_size, tile.keys), len(kv_heads))](
-                *call.tensors(), buckets.entries, buckets.offsets, call.block_start, sums[0], partials, *sums[1:],
-                *call.strides(), sums[1].stride(1), sums[1].stride(0), buckets.entries.stride(0),
+                *call.tensors(), buckets.entries, buckets.offsets, call.block_start, since, partials, dk, dv,
+                *call.strides(), dk.stride(1), dk.stride(0), buckets.entries.stride(0),
                 *buckets.offsets.stride(), partials.stride(0), tokens.start, kv_heads.start, call.key.shape[0],
                 n_blocks, rows, call.query.shape[1],
                 SLOTS=call.selected_blocks.shape[2], BLOCK_SIZE=call.block_size,
@@ -478,10 +481,11 @@ def own_block_keys(call: Backward, kv_heads: range, sums, grad_key: torch.Tensor
     tile, total_k = call.settings.own_keys, call.key.shape[0]
     queries = own_queries(call.own_start, call.key_row, total_k, tile.keys)
     past = bool(sums)
-    sums = sums or (call.own_start, call.delta, call.delta)  # not read
+    since, sum_k, sum_v = sums or (call.own_start, call.delta, call.delta)  # not read
     own_block_keys_kernel[(queries.shape[1], len(kv_heads))](
-        *call.tensors(), call.own_start, call.key_row, *queries.unbind(), call.block_start, *sums, grad_key, grad_value,
-        *call.strides(), sums[1].stride(-2), sums[1].stride(0), *grad_key.stride()[:2], *grad_value.stride()[:2],
+        *call.tensors(), call.own_start, call.key_row, *queries.unbind(), call.block_start, since, sum_k, sum_v,
+        grad_key, grad_value,
+        *call.strides(), sum_k.stride(-2), sum_k.stride(0), *grad_key.stride()[:2], *grad_value.stride()[:2],
         kv_heads.start, total_k, call.block_start.shape[0], call.block_size, call.query.shape[1],
         PAST=past, **call.scales(), **call.shapes(tile),
     )  # fmt: skip
