@@ -8,7 +8,8 @@ The engine itself runs, on tensors without data, and its launches are recorded i
 would have been launched, with the same sizes, strides and settings. A host sync would fail here, there is no data to
 wait for. Gates: shared memory within the GPU's limit; at most 512 columns of tensor memory and a kernel that stores
 something (Triton compiles a kernel that needs more columns to an empty one without an error); matrix instructions
-wherever the source multiplies 16-bit matrices; at most 32 registers spilled there on sm_90 up to head_dim 128, 100
+wherever the source multiplies 16-bit matrices, which do not wait for each other (ptxas makes them where it runs out of
+registers, and for less: a third of the speed is lost); at most 32 registers spilled there on sm_90 up to head_dim 128, 100
 elsewhere. Not none: the settings were chosen by time on an H100, where the fastest spill a few; a tile that is too
 large spills hundreds. float32, which is there for checks, is multiplied without matrix instructions, and spills.
 """
@@ -191,6 +192,9 @@ def find_problems(launch: Launch, compiled: Compiled, code: str, multiplies: boo
         yield "stores nothing"
     if multiplies and case.dtype != torch.float32 and not compiled.matrix:
         yield "no matrix instruction"
+    products = re.findall(r"\bHGMMA\b[^;]*", code)
+    if len(products) >= 8 and all("gsb0" in product for product in products):
+        yield "every matrix instruction waits for the one before"
     strict = case.arch == 90 and case.head_dim <= 128
     if case.dtype != torch.float32 and compiled.spilled > (MOST_SPILLED if strict else 100):
         yield f"{compiled.spilled} registers spilled"

@@ -24,7 +24,7 @@ from moba_hf.planner import Work, moba_counts
 STAGES = {
     "gate": ("layout_kernel", "block_means_kernel", "gate_kernel"),
     "forward": ("past_block_kernel", "large_past_block_kernel", "own_block_merge_kernel"),
-    "backward": ("delta_kernel", "key_tile_kernel", "own_block_keys_kernel", "past_block_keys_kernel",
+    "backward": ("statistics_kernel", "key_tile_kernel", "own_block_keys_kernel", "past_block_keys_kernel",
                  "past_block_queries_kernel", "own_block_queries_kernel"),
     "sort": ("count_kernel", "scatter_kernel", "tile_kernel"),
 }  # fmt: skip

@@ -113,4 +113,4 @@ def test_the_planners_bytes_are_those_of_the_kernels(count_kernels):
     backward = ("past_block_keys_kernel", "own_block_queries_kernel")
     extra = moved(more, *backward) - moved(fewer, *backward) - 4 * rows
     assert extra == many.selection_backward_bytes - few.selection_backward_bytes
-    assert moved(more, "delta_kernel", "own_block_keys_kernel", *backward) > many.backward_bytes
+    assert moved(more, "statistics_kernel", "own_block_keys_kernel", *backward) > many.backward_bytes

@@ -189,7 +189,8 @@ def last_two_tokens(monkeypatch, query, key, value, selected):
     call = (selected, layout, 128, 0.25, forward_settings(*shape), False)
     output, lse = attention_forward.forward_pass(query, key, value, *call)
     where = (selected, layout.own_start, layout.key_row, layout.block_start, 128, 0.25, backward_settings(*shape))
-    backward = attention_backward.Backward(query, key, value, query, lse, lse, *where)
+    statistics = torch.stack((lse, lse), 2)
+    backward = attention_backward.Backward(query, key, value, query, statistics, *where)
     dq = torch.empty_like(query)
     since = torch.full((key.shape[1], layout.block_start.shape[0]), -1, dtype=torch.int32)
     sums = [torch.zeros(key.shape[1], key.shape[0], query.shape[2]) for _ in "kv"]

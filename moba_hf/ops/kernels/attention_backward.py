@@ -7,7 +7,7 @@ With P = softmax(scale · Q Kᵀ) over the keys taken, rebuilt from the saved lo
 Keys own their gradients: one program holds dK and dV of a tile of keys in registers while the rows that attend it pass
 by, from all heads of the group. The past-block kernel comes first and leaves float32 sums; the own-block kernel begins
 with them, adds its part and rounds once. Queries gather theirs: a past block leaves one partial dQ per entry, addressed
-by (row, slot), and the last kernel adds the partials in slot order to the own block's. No result depends on the order
+by (row, slot), and the last kernel adds them in slot order, then the own block's part. No result depends on the order
 of programs, except where the rows of one block are split over several programs, which then add with atomics.
 
 A *row* is one (token, head of the group) of a KV head: row = (token − first token) · group + head within the group.
@@ -31,14 +31,14 @@ _LOOKED_AT = tl.constexpr(128)  # buckets at a time, in the search for a portion
 
 
 @triton.jit(do_not_specialize=["rows"])
-def delta_kernel(
-    do_ptr, o_ptr, delta_ptr, do_token, do_head, o_token, o_head, rows, heads,
+def statistics_kernel(
+    do_ptr, o_ptr, lse_ptr, statistics_ptr, do_token, do_head, o_token, o_head, rows, heads,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """δ = rowsum(dO · O), the part of dS that the softmax's denominator contributes.
+    """What P and dS need of a row, side by side: its log-sum-exp in base 2, and δ = rowsum(dO · O).
 
-    One program owns ROWS consecutive (token, head) pairs. do, o: [tokens, heads, HEAD_DIM]; delta: float32
-    [tokens, heads]. Everything is read and written once.
+    One program owns ROWS consecutive (token, head) pairs. do, o: [tokens, heads, HEAD_DIM]; lse: float32
+    [tokens, heads], natural logarithm; statistics: float32 [tokens, heads, 2]. Everything is read and written once.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     token, head = row // heads, row % heads
@@ -46,12 +46,14 @@ def delta_kernel(
     inside = (row < rows)[:, None] & (d < HEAD_DIM)[None, :]
     do = tl.load(do_ptr + (token * do_token + head * do_head)[:, None] + d[None, :], mask=inside, other=0.0)
     o = tl.load(o_ptr + (token * o_token + head * o_head)[:, None] + d[None, :], mask=inside, other=0.0)
-    tl.store(delta_ptr + row, tl.sum(do.to(tl.float32) * o.to(tl.float32), 1), mask=row < rows)
+    lse = tl.load(lse_ptr + row, mask=row < rows)
+    tl.store(statistics_ptr + row * 2, lse * LOG2_E, mask=row < rows)
+    tl.store(statistics_ptr + row * 2 + 1, tl.sum(do.to(tl.float32) * o.to(tl.float32), 1), mask=row < rows)
 
 
 @triton.jit(do_not_specialize=["first_kv_head", "total_k", "n_blocks", "block_size"])
 def own_block_keys_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, own_start_ptr, key_row_ptr, first_query_ptr, end_query_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, statistics_ptr, own_start_ptr, key_row_ptr, first_query_ptr, end_query_ptr,
     block_start_ptr, since_ptr, sum_k_ptr, sum_v_ptr, dk_ptr, dv_ptr,
     q_token, q_head, k_token, k_head, v_token, v_head, do_token, do_head, sum_token, sum_head, dk_token, dk_head,
     dv_token, dv_head, first_kv_head, total_k, n_blocks, block_size, heads, scale, scale_log2,
@@ -62,7 +64,7 @@ def own_block_keys_kernel(
 
     Program (i, h) owns keys i · KEYS … of the packed batch, KV head first_kv_head + h, wherever blocks and sequences
     begin, and reads the queries first_query[i] … end_query[i] − 1. A query attends the keys own_start … key_row.
-    q, do: [total_q, heads, HEAD_DIM]; k, v: [total_k, kv_heads, HEAD_DIM]; lse, delta: float32 [total_q, heads];
+    q, do: [total_q, heads, HEAD_DIM]; k, v: [total_k, kv_heads, HEAD_DIM]; statistics: those of `statistics_kernel`;
     own_start, key_row: int32 [total_q]; first_query, end_query: int32 [key tiles]; block_start: int32 [n_blocks];
     since, sum_k, sum_v: those of `past_block_keys_kernel`, read once where the key's block was selected, not at all
     unless PAST; dk, dv: [total_k, kv_heads, HEAD_DIM], every element of the pass's heads written once.
@@ -92,11 +94,12 @@ def own_block_keys_kernel(
         token, head = token_and_head(row, 0, GROUP)
         head += kv_head * GROUP
         q, do, lse, delta = _load_queries(
-            q_ptr, do_ptr, lse_ptr, delta_ptr, token, head, q_token, q_head, do_token, do_head, heads, taken,
+            q_ptr, do_ptr, statistics_ptr, token, head, q_token, q_head, do_token, do_head, heads, taken,
             HEAD_DIM, WIDTH,
         )  # fmt: skip
-        own_start = tl.load(own_start_ptr + token, mask=taken, other=total_k)
-        key_row = tl.load(key_row_ptr + token, mask=taken, other=-1)
+        which = (tl.arange(0, 4) == 0)[None, :]
+        where = tl.where(which, own_start_ptr + token[:, None], key_row_ptr + token[:, None])
+        own_start, key_row = _load_pair(where, taken, -1)
         visible = (own_start[None, :] <= key[:, None]) & (key[:, None] <= key_row[None, :])
         scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2
         p = tl.where(visible, tl.math.exp2(scores - lse[None, :]), 0.0)
@@ -114,7 +117,7 @@ def own_block_keys_kernel(
 @triton.jit(do_not_specialize=["entries_head", "offsets_head", "offsets_block", "first_token", "first_kv_head",
                                "total_k", "n_blocks", "rows_per_program"])  # fmt: skip
 def past_block_keys_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, entries_ptr, offsets_ptr, block_start_ptr, since_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, statistics_ptr, entries_ptr, offsets_ptr, block_start_ptr, since_ptr, dq_ptr,
     dk_ptr, dv_ptr,
     q_token, q_head, k_token, k_head, v_token, v_head, do_token, do_head, sum_token, sum_head,
     entries_head, offsets_head, offsets_block, partial_head, first_token, first_kv_head, total_k, n_blocks,
@@ -129,7 +132,7 @@ def past_block_keys_kernel(
     of the block's bucket, for KV head first_kv_head + h: the bucket's FIRST, or one of the further portions
     (`_portion`). Blocks that fill several key tiles take neighbouring programs, so that the gathered rows are still in
     the L2 cache for the next one.
-    q, do: [total_q, heads, HEAD_DIM]; k, v: [total_k, kv_heads, HEAD_DIM]; lse, delta: float32 [total_q, heads];
+    q, do: [total_q, heads, HEAD_DIM]; k, v: [total_k, kv_heads, HEAD_DIM]; statistics: those of `statistics_kernel`;
     entries, offsets: those of `Buckets`; block_start: int32 [n_blocks];
     dq: [kv heads of the pass, entries, HEAD_DIM], each entry written once;
     dk, dv: float32 [kv heads of the pass, total_k, HEAD_DIM], of which the keys of blocks that were selected are
@@ -178,14 +181,15 @@ def past_block_keys_kernel(
         token, head = token_and_head(entry // SLOTS, first_token, GROUP)
         head += kv_head * GROUP
         q, do, lse, delta = _load_queries(
-            q_ptr, do_ptr, lse_ptr, delta_ptr, token, head, q_token, q_head, do_token, do_head, heads, taken,
+            q_ptr, do_ptr, statistics_ptr, token, head, q_token, q_head, do_token, do_head, heads, taken,
             HEAD_DIM, WIDTH,
         )  # fmt: skip
-        p = tl.math.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 - lse[None, :])
+        scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2
+        dp = tl.dot(v, tl.trans(do), input_precision="ieee")  # here: what follows need not wait for a product but dQ's
+        p = tl.math.exp2(scores - lse[None, :])
         if BLOCK_SIZE % KEYS != 0:
             p = tl.where((within < BLOCK_SIZE)[:, None], p, 0.0)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
         ds = (p * (dp - delta[None, :])).to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision="ieee")
         if WITH_DQ:
@@ -244,7 +248,7 @@ def _selected(block_start_ptr, since_ptr, key, n_blocks, block_size, total_k):
 
 @triton.jit(do_not_specialize=["entries_head", "first_token", "first_kv_head", "max_tiles"])
 def past_block_queries_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, entries_ptr, bucket_ptr, begin_ptr, end_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, statistics_ptr, entries_ptr, bucket_ptr, begin_ptr, end_ptr,
     block_start_ptr, dq_ptr,
     q_token, q_head, k_token, k_head, v_token, v_head, do_token, do_head,
     entries_head, partial_head, first_token, first_kv_head, max_tiles, heads, scale, scale_log2,
@@ -269,7 +273,7 @@ def past_block_queries_kernel(
     head += kv_head * GROUP
     d = tl.arange(0, WIDTH)
     q, do, lse, delta = _load_queries(
-        q_ptr, do_ptr, lse_ptr, delta_ptr, token, head, q_token, q_head, do_token, do_head, heads, taken,
+        q_ptr, do_ptr, statistics_ptr, token, head, q_token, q_head, do_token, do_head, heads, taken,
         HEAD_DIM, WIDTH,
     )  # fmt: skip
     block_start = tl.load(block_start_ptr + bucket).to(tl.int64)
@@ -292,16 +296,16 @@ def past_block_queries_kernel(
 
 @triton.jit(do_not_specialize=["first_token", "end_token", "first_kv_head", "total_k"])
 def own_block_queries_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, own_start_ptr, key_row_ptr, selected_ptr, partial_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, statistics_ptr, own_start_ptr, key_row_ptr, selected_ptr, partial_ptr, dq_ptr,
     q_token, q_head, k_token, k_head, v_token, v_head, do_token, do_head, dq_token, dq_head,
-    partial_head, first_token, end_token, first_kv_head, total_k, heads, scale, scale_log2,
+    partial_head, first_token, end_token, first_kv_head, total_k, heads, scale, scale_log2, inverse_scale,
     GROUP: tl.constexpr, SLOTS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """dQ: the own block's part, causal, plus the partials of the selected blocks in slot order (steps 4 and 5).
+    """dQ: the partials of the selected blocks in slot order, plus the own block's part, causal (steps 4 and 5).
 
     Program (i, h) owns ROWS rows of KV head first_kv_head + h. q, do, dq: [total_q, heads, HEAD_DIM];
-    k, v: [total_k, kv_heads, HEAD_DIM]; lse, delta: float32 [total_q, heads]; own_start, key_row: int32 [total_q];
+    k, v: [total_k, kv_heads, HEAD_DIM]; statistics: those of `statistics_kernel`; own_start, key_row: int32 [total_q];
     selected: int32 [total_q, heads, SLOTS], −1 where there is no block, whose partial was never written;
     partial: [kv heads of the pass, entries, HEAD_DIM], read once; dq: every row of the range written once. CHUNKS: as
     in `own_block_merge_kernel`.
@@ -317,10 +321,19 @@ def own_block_queries_kernel(
     in_sequence = own_start < total_k
     head += kv_head * GROUP
     q, do, lse, delta = _load_queries(
-        q_ptr, do_ptr, lse_ptr, delta_ptr, token, head, q_token, q_head, do_token, do_head, heads, in_sequence,
+        q_ptr, do_ptr, statistics_ptr, token, head, q_token, q_head, do_token, do_head, heads, in_sequence,
         HEAD_DIM, WIDTH,
     )  # fmt: skip
+    partial_ptr += slice_head * partial_head
+    selected_ptr += (token * heads + head) * SLOTS
     dq = tl.zeros([ROWS, WIDTH], tl.float32)
+    for slot in tl.range(0, SLOTS, num_stages=3):  # first: after the matrix products, Triton 3.9's would go one by one
+        block = tl.load(selected_ptr + slot, mask=taken, other=-1)
+        entry = row.to(tl.int64) * SLOTS + slot
+        partial_mask = (block >= 0)[:, None] & (d < HEAD_DIM)[None, :]
+        partial = tl.load(partial_ptr + entry[:, None] * HEAD_DIM + d[None, :], mask=partial_mask, other=0.0)
+        dq += partial.to(tl.float32)
+    dq *= inverse_scale  # multiplied back with the own block's part
     start, end = tl.min(own_start, 0), tl.max(tl.where(in_sequence, key_row + 1, 0), 0)
     k_ptr += kv_head * k_head
     v_ptr += kv_head * v_head
@@ -338,13 +351,6 @@ def own_block_queries_kernel(
             HEAD_DIM, WIDTH, KEYS, STAGES,
         )  # fmt: skip
     dq = dq * scale
-    partial_ptr += slice_head * partial_head
-    selected_ptr += (token * heads + head) * SLOTS
-    for slot in tl.range(0, SLOTS, num_stages=2):
-        block = tl.load(selected_ptr + slot, mask=taken, other=-1)
-        entry = row.to(tl.int64) * SLOTS + slot
-        partial_mask = (block >= 0)[:, None] & (d < HEAD_DIM)[None, :]
-        dq += tl.load(partial_ptr + entry[:, None] * HEAD_DIM + d[None, :], mask=partial_mask, other=0.0).to(tl.float32)
     out = (token * dq_token + head * dq_head)[:, None] + d[None, :]
     out_mask = taken[:, None] & (d < HEAD_DIM)[None, :]
     tl.store(dq_ptr + out, dq.to(dq_ptr.dtype.element_ty), mask=out_mask)
@@ -373,15 +379,30 @@ def _add_own_queries(
 
 @triton.jit
 def _load_queries(
-    q_ptr, do_ptr, lse_ptr, delta_ptr, token, head, q_token, q_head, do_token, do_head, heads, taken,
+    q_ptr, do_ptr, statistics_ptr, token, head, q_token, q_head, do_token, do_head, heads, taken,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Q, dO, log-sum-exp in base 2 and δ of each row (token, head); lse is +inf where not taken: its weights are 0."""
+    """Q, dO, log-sum-exp in base 2 and δ of each row (token, head); all 0 where not taken: so is what they add."""
     q = load_rows(q_ptr, token, head, q_token, q_head, taken, HEAD_DIM, WIDTH)
     do = load_rows(do_ptr, token, head, do_token, do_head, taken, HEAD_DIM, WIDTH)
-    row = token * heads + head
-    lse = tl.load(lse_ptr + row, mask=taken, other=float("inf")) * LOG2_E
-    return q, do, lse, tl.load(delta_ptr + row, mask=taken, other=0.0)
+    statistics_ptr += ((token * heads + head) * 2)[:, None] + tl.arange(0, 4)[None, :]
+    lse, delta = _load_pair(statistics_ptr, taken, 0.0)
+    return q, do, lse, delta
+
+
+@triton.jit
+def _load_pair(pointer, taken, other):
+    """The first two columns of pointer [rows, 4], each [rows], by one load.
+
+    Loads of fewer elements than threads Triton makes in the layout where the result is needed. Along the columns of the
+    scores, each thread then fetches a number of its own for each of them: half of all instructions of the past blocks.
+    """
+    rows: tl.constexpr = pointer.shape[0]
+    both = tl.load(pointer, mask=taken[:, None] & (tl.arange(0, 4) < 2)[None, :], other=other)
+    first, second = tl.split(tl.reshape(both, [rows, 2, 2]))
+    first, _ = tl.split(first)
+    second, _ = tl.split(second)
+    return first, second
 
 
 # ---- launchers -----------------------------------------------------------------------------------------------------
@@ -392,7 +413,7 @@ class Backward:
     """What every launch of one backward pass shares; build it with `prepare`.
 
     query, grad_output: [total_q, heads, head_dim]; key, value: [total_k, kv_heads, head_dim]; last stride 1.
-    lse, delta: float32 [total_q, heads], contiguous. selected_blocks: int32 [total_q, heads, slots], contiguous.
+    statistics: float32 [total_q, heads, 2], `statistics_kernel`'s. selected_blocks: int32 [total_q, heads, slots], contiguous.
     own_start, key_row, block_start: `BlockLayout`'s.
     """
 
@@ -400,8 +421,7 @@ class Backward:
     key: torch.Tensor
     value: torch.Tensor
     grad_output: torch.Tensor
-    lse: torch.Tensor
-    delta: torch.Tensor
+    statistics: torch.Tensor
     selected_blocks: torch.Tensor
     own_start: torch.Tensor
     key_row: torch.Tensor
@@ -411,7 +431,7 @@ class Backward:
     settings: BackwardSettings
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        return self.query, self.key, self.value, self.grad_output, self.lse, self.delta
+        return self.query, self.key, self.value, self.grad_output, self.statistics
 
     def strides(self) -> tuple[int, ...]:
         return tuple(n for x in (self.query, self.key, self.value, self.grad_output) for n in x.stride()[:2])
@@ -436,19 +456,19 @@ class Backward:
 def prepare(
     grad_output, query, key, value, output, lse, selected_blocks, layout, block_size, scale, settings
 ) -> Backward:
-    """Everything that depends neither on the KV heads nor on the queries of a pass: δ."""
+    """Everything that depends neither on the KV heads nor on the queries of a pass."""
     if grad_output.stride(2) != 1:
         grad_output = grad_output.contiguous()
     tokens, heads, head_dim = query.shape
-    delta = torch.empty((tokens, heads), dtype=torch.float32, device=query.device)
+    statistics = torch.empty((tokens, heads, 2), dtype=torch.float32, device=query.device)
     width = max(16, triton.next_power_of_2(head_dim))
     rows = max(1, 4096 // width)
-    delta_kernel[(triton.cdiv(tokens * heads, rows),)](
-        grad_output, output, delta, *grad_output.stride()[:2], *output.stride()[:2], tokens * heads, heads,
+    statistics_kernel[(triton.cdiv(tokens * heads, rows),)](
+        grad_output, output, lse.contiguous(), statistics, *grad_output.stride()[:2], *output.stride()[:2], tokens * heads, heads,
         HEAD_DIM=head_dim, WIDTH=width, ROWS=rows,
     )  # fmt: skip
     return Backward(
-        query, key, value, grad_output, lse.contiguous(), delta, selected_blocks.contiguous(),
+        query, key, value, grad_output, statistics, selected_blocks.contiguous(),
         layout.own_start, layout.key_row, layout.block_start, block_size, scale, settings,
     )  # fmt: skip
 
@@ -481,7 +501,7 @@ def own_block_keys(call: Backward, kv_heads: range, sums, grad_key: torch.Tensor
     tile, total_k = call.settings.own_keys, call.key.shape[0]
     queries = own_queries(call.own_start, call.key_row, total_k, tile.keys)
     past = bool(sums)
-    since, sum_k, sum_v = sums or (call.own_start, call.delta, call.delta)  # not read
+    since, sum_k, sum_v = sums or (call.own_start, call.statistics, call.statistics)  # not read
     own_block_keys_kernel[(queries.shape[1], len(kv_heads))](
         *call.tensors(), call.own_start, call.key_row, *queries.unbind(), call.block_start, since, sum_k, sum_v,
         grad_key, grad_value,
@@ -508,7 +528,7 @@ def own_block_queries(call: Backward, tokens, kv_heads, partials, grad_query) ->
     own_block_queries_kernel[(triton.cdiv(len(tokens) * group, tile.rows), len(kv_heads))](
         *call.tensors(), call.own_start, call.key_row, call.selected_blocks, partials, grad_query,
         *call.strides(), *grad_query.stride()[:2], partials.stride(0), tokens.start, tokens.stop, kv_heads.start,
-        total_k, call.query.shape[1],
+        total_k, call.query.shape[1], inverse_scale=1 / call.scale if call.scale else 0.0,  # 0: so are the partials
         SLOTS=call.selected_blocks.shape[2], CHUNKS=call.query.shape[0] < total_k, **call.scales(), **call.shapes(tile),
     )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 Past blocks leave one partial output and log-sum-exp per entry (row, slot), addressed by the entry: the result does not
 depend on the order in which a bucket was filled, so the forward is bitwise reproducible in every mode. The last kernel
-computes each row's own block and merges the partials into it in slot order. Rows and entries are those of
+merges the partials of each row in slot order, and its own block into them. Rows and entries are those of
 `bucket_sort`; log-sum-exps of partials are in base 2.
 """
 
@@ -136,7 +136,7 @@ def own_block_merge_kernel(
     GROUP: tl.constexpr, SLOTS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """The own block, causal (step 3), and the partials of the selected blocks merged into it (steps 4 and 5).
+    """The partials of the selected blocks, and the own block, causal (step 3), merged into them (steps 4 and 5).
 
     Program (i, h) owns ROWS rows of KV head first_kv_head + h. q, output: [total_q, heads, HEAD_DIM], output
     contiguous; k, v: [total_k, kv_heads, HEAD_DIM]; own_start, key_row: int32 [total_q], `BlockLayout`'s; selected:
@@ -163,6 +163,28 @@ def own_block_merge_kernel(
     high = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     output = tl.zeros([ROWS, WIDTH], tl.float32)
+    # a row's place: the tile's in 64 bits, within the tile in 32; in 64 bits, those of all rows would spill
+    out = place // GROUP * heads + place % GROUP
+    first_out = first_token.to(tl.int64) * heads + kv_head * GROUP
+    selected_ptr += first_out * SLOTS
+    output_ptr += first_out * HEAD_DIM
+    lse_ptr += first_out
+    first_entry = slice_head * partial_head + first_row.to(tl.int64) * SLOTS
+    partial_ptr += first_entry * HEAD_DIM
+    partial_lse_ptr += first_entry
+    entry = within * SLOTS
+    for slot in tl.range(0, SLOTS, num_stages=3):  # unrolled, the loads of all slots would spill
+        block = tl.load(selected_ptr + out * SLOTS + slot, mask=taken, other=-1)
+        some = block >= 0
+        partial_lse = tl.load(partial_lse_ptr + entry + slot, mask=some, other=float("-inf"))
+        partial_mask = some[:, None] & (d < HEAD_DIM)[None, :]
+        partial = tl.load(partial_ptr + (entry + slot)[:, None] * HEAD_DIM + d[None, :], mask=partial_mask, other=0.0)
+        higher = tl.maximum(high, partial_lse)
+        finite = tl.where(higher == float("-inf"), 0.0, higher)
+        shrink, weight = tl.math.exp2(high - finite), tl.math.exp2(partial_lse - finite)
+        total = total * shrink + weight
+        output = output * shrink[:, None] + partial.to(tl.float32) * weight[:, None]
+        high = higher
     start, last = tl.min(own_start, 0), tl.max(key_row, 0)
     if CHUNKS:
         while start <= last:
@@ -177,28 +199,6 @@ def own_block_merge_kernel(
             q, k_ptr, v_ptr, k_token, v_token, start, last, own_start, key_row, scale_log2, high, total, output,
             HEAD_DIM, WIDTH, KEYS, STAGES,
         )  # fmt: skip
-    # a row's place: the tile's in 64 bits, within the tile in 32; in 64 bits, those of all rows would spill
-    out = place // GROUP * heads + place % GROUP
-    first_out = first_token.to(tl.int64) * heads + kv_head * GROUP
-    selected_ptr += first_out * SLOTS
-    output_ptr += first_out * HEAD_DIM
-    lse_ptr += first_out
-    first_entry = slice_head * partial_head + first_row.to(tl.int64) * SLOTS
-    partial_ptr += first_entry * HEAD_DIM
-    partial_lse_ptr += first_entry
-    entry = within * SLOTS
-    for slot in tl.range(0, SLOTS, num_stages=2):  # unrolled, the loads of all slots would spill
-        block = tl.load(selected_ptr + out * SLOTS + slot, mask=taken, other=-1)
-        some = block >= 0
-        partial_lse = tl.load(partial_lse_ptr + entry + slot, mask=some, other=float("-inf"))
-        partial_mask = some[:, None] & (d < HEAD_DIM)[None, :]
-        partial = tl.load(partial_ptr + (entry + slot)[:, None] * HEAD_DIM + d[None, :], mask=partial_mask, other=0.0)
-        higher = tl.maximum(high, partial_lse)
-        finite = tl.where(higher == float("-inf"), 0.0, higher)
-        shrink, weight = tl.math.exp2(high - finite), tl.math.exp2(partial_lse - finite)
-        total = total * shrink + weight
-        output = output * shrink[:, None] + partial.to(tl.float32) * weight[:, None]
-        high = higher
     empty = total == 0.0
     output = output * (1.0 / tl.where(empty, 1.0, total))[:, None]
     lse = tl.where(empty, float("-inf"), high + tl.math.log2(tl.where(empty, 1.0, total)))

@@ -52,16 +52,21 @@ def table(capability, dtype, head_dim: int, block_size: int) -> dict[str, Tile]:
         return _tiles(tile, tile, tile, tile)
     if shared < 227:
         return _ampere(row_bytes, shared)
-    if width <= 64 and block_size > 64:  # measured at block 128, where two kernels are faster than the fused one
-        return _tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(128, 64, 4, 2), Tile(64, 64, 4, 2))
     if width <= 64:
-        return _tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2), Tile(128, 64, 8, 2))
+        if block_size <= _LARGEST_FUSED_BLOCK:
+            past_keys = Tile(64, 64, 4, 5) if block_size <= 64 else Tile(128, 128, 8, 5)
+        else:
+            past_keys = Tile(64, 128, 8, 5)
+        return _tiles(Tile(32, 64, 4, 3), Tile(64, 64, 4, 2), past_keys, Tile(64, 64, 4, 2))
     if width <= 128:  # the fastest of six and more settings each on an H100: docs/kernels.md
-        past_keys = Tile(64, 128, 8, 3 if block_size <= _LARGEST_FUSED_BLOCK else 2)
+        past_keys = Tile(64, 128, 8, 5)
         if capability[0] > 9 and block_size <= _LARGEST_FUSED_BLOCK:
             past_keys = Tile(64, 64, 8, 2)  # five matmuls with 128 keys need 576 columns of tensor memory, of 512
-        return _tiles(Tile(32, 64, 4, 2), Tile(64, 64, 4, 2), past_keys, Tile(128, 32, 8, 3))
-    return _tiles(Tile(32, 64, 8, 1), Tile(64, 32, 8, 2), Tile(32, 64, 8, 1), Tile(64, 32, 8, 2))
+        return _tiles(Tile(32, 64, 4, 3), Tile(64, 64, 4, 2), past_keys, Tile(128, 32, 8, 3))
+    past_keys = Tile(64, 64, 8, 3)
+    if block_size <= 64 or capability[0] > 9:  # no room for 64 rows beside dQ's operand, or that of tensor memory
+        past_keys = Tile(32, 64, 8, 1 if block_size <= 64 else 3)
+    return _tiles(Tile(32, 64, 8, 3), Tile(32, 32, 4, 2), past_keys, Tile(64, 16, 4, 3))
 
 
 def _ampere(row_bytes: int, shared: int) -> dict[str, Tile]:

@@ -46,11 +46,13 @@ def table(capability, dtype, head_dim: int, block_size: int) -> dict[str, Tile]:
     elif width <= 128:  # the fastest of six and more settings each on an H100: docs/kernels.md
         gate, own = Tile(64, 64 if width > 64 else 32, 4, 1), Tile(128, 32, 4, 2)
         if block_size <= _LARGEST_STATIONARY_BLOCK:
-            past = Tile(64, 128, 4, 3)
+            past = Tile(64, 128, 4, 3 if width > 64 else 5)
         else:
-            past = Tile(128, 64, 8, 3) if width > 64 and block_size >= 2048 else Tile(64, 64, 4, 3)
+            past = Tile(64, 64, 4, 3)
+            if width > 64:
+                past = Tile(128, 64, 8, 3) if block_size >= 2048 else Tile(128, 32, 4, 4)
     else:
-        gate, past, own = Tile(64, 32, 4, 1), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)
+        gate, past, own = Tile(64, 32, 4, 1), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)
     return {"gate": gate, "past": past, "own": own}
 
 
