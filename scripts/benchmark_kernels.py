@@ -6,9 +6,9 @@
     python scripts/benchmark_kernels.py S1-8 S1-32 --graph             # without the time that launching takes
 
 Medians by CUDA events after a warm-up; extra memory is the peak above inputs. S3 is one KV group of 10M tokens, S3-2
-the same with 2M; D64-8 is a layer of the model of docs/quality.md. --selection gives attention blocks made by hand in
-place of those that routing chose: `sink`, the first block and random ones; `local`, the newest ones. Needs a CUDA
-device and Triton.
+the same with 2M; D64-8 is a layer of the model of docs/quality.md, D256-32 has rows of 256. --selection gives attention
+blocks made by hand in place of those that routing chose: `sink`, the first block and random ones; `local`, the newest
+ones. Needs a CUDA device and Triton.
 """
 
 import argparse
@@ -44,6 +44,7 @@ SETTINGS = {f"S1-{k}": replace(_S1, length=k << 10) for k in (8, 32, 64, 128, 51
     "S4": Setting(1, 1 << 17, 32, 8, 512, 8),
     "S4-16": Setting(1, 1 << 17, 32, 8, 512, 16),
     "D64-8": Setting(4, 8 << 10, 9, 3, 128, 8, head_dim=64),
+    "D256-32": Setting(2, 32 << 10, 8, 4, 128, 8, head_dim=256),
 }
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 

@@ -8,10 +8,10 @@ The engine itself runs, on tensors without data, and its launches are recorded i
 would have been launched, with the same sizes, strides and settings. A host sync would fail here, there is no data to
 wait for. Gates: shared memory within the GPU's limit; at most 512 columns of tensor memory and a kernel that stores
 something (Triton compiles a kernel that needs more columns to an empty one without an error); matrix instructions
-wherever the source multiplies 16-bit matrices, which do not wait for each other (ptxas makes them where it runs out of
-registers, and for less: a third of the speed is lost); at most 32 registers spilled there on sm_90 up to head_dim 128, 100
-elsewhere. Not none: the settings were chosen by time on an H100, where the fastest spill a few; a tile that is too
-large spills hundreds. float32, which is there for checks, is multiplied without matrix instructions, and spills.
+wherever the source multiplies 16-bit matrices, none of which waits for the one before (ptxas makes them where registers
+are short, and for less); at most 32 registers spilled there on sm_90 up to head_dim 128, 100 elsewhere. Not none: the
+settings were chosen by time on an H100, where the fastest spill a few; a tile that is too large spills hundreds.
+float32, which is there for checks, is multiplied without matrix instructions, and spills.
 """
 
 import argparse

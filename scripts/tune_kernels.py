@@ -31,9 +31,11 @@ from moba_hf.ops.kernels.tuned_tiles import ROLES, Tile
 # Tiles of the tables, for any GPU, and of the sweep in docs/kernels.md.
 GATE = [Tile(32, 32, 4, 1), Tile(64, 32, 4, 1), Tile(64, 64, 4, 1), Tile(64, 128, 4, 1), Tile(128, 64, 8, 1)]
 ATTENTION = [
-    *(Tile(32, 32, 4, 1), Tile(32, 64, 4, 1), Tile(32, 64, 8, 1), Tile(32, 64, 8, 2), Tile(64, 32, 4, 2)),
-    *(Tile(64, 64, 4, 2), Tile(64, 64, 8, 2), Tile(64, 128, 4, 2), Tile(64, 128, 8, 2), Tile(64, 128, 8, 3)),
-    *(Tile(128, 32, 4, 2), Tile(128, 32, 8, 2), Tile(128, 64, 4, 2), Tile(128, 64, 8, 2), Tile(128, 128, 8, 2)),
+    *(Tile(32, 32, 4, 1), Tile(32, 32, 4, 2), Tile(32, 64, 4, 1), Tile(32, 64, 4, 3), Tile(32, 64, 8, 1)),
+    *(Tile(32, 64, 8, 2), Tile(32, 64, 8, 3), Tile(64, 16, 4, 3), Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
+    *(Tile(64, 64, 4, 3), Tile(64, 64, 4, 5), Tile(64, 64, 8, 2), Tile(64, 64, 8, 3), Tile(64, 128, 4, 2)),
+    *(Tile(64, 128, 8, 2), Tile(64, 128, 8, 3), Tile(64, 128, 8, 5), Tile(128, 32, 4, 2), Tile(128, 32, 4, 4)),
+    *(Tile(128, 32, 8, 2), Tile(128, 64, 4, 2), Tile(128, 64, 8, 2), Tile(128, 128, 8, 2), Tile(128, 128, 8, 5)),
 ]
 GAIN = 0.98  # of the time before: less is noise
 Tiles = dict[str, Tile]

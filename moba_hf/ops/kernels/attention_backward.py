@@ -413,8 +413,8 @@ class Backward:
     """What every launch of one backward pass shares; build it with `prepare`.
 
     query, grad_output: [total_q, heads, head_dim]; key, value: [total_k, kv_heads, head_dim]; last stride 1.
-    statistics: float32 [total_q, heads, 2], `statistics_kernel`'s. selected_blocks: int32 [total_q, heads, slots], contiguous.
-    own_start, key_row, block_start: `BlockLayout`'s.
+    statistics: float32 [total_q, heads, 2], `statistics_kernel`'s. selected_blocks: int32 [total_q, heads, slots],
+    contiguous. own_start, key_row, block_start: `BlockLayout`'s.
     """
 
     query: torch.Tensor
@@ -464,7 +464,8 @@ def prepare(
     width = max(16, triton.next_power_of_2(head_dim))
     rows = max(1, 4096 // width)
     statistics_kernel[(triton.cdiv(tokens * heads, rows),)](
-        grad_output, output, lse.contiguous(), statistics, *grad_output.stride()[:2], *output.stride()[:2], tokens * heads, heads,
+        grad_output, output, lse.contiguous(), statistics, *grad_output.stride()[:2], *output.stride()[:2],
+        tokens * heads, heads,
         HEAD_DIM=head_dim, WIDTH=width, ROWS=rows,
     )  # fmt: skip
     return Backward(

@@ -24,7 +24,11 @@ _ALLOWED = {"rows": (16, 32, 64, 128, 256), "keys": (16, 32, 64, 128, 256), "war
 
 @dataclass(frozen=True)
 class Tile:
-    """How one kernel is launched: rows × keys per step of its loop, warps per program, loads in flight."""
+    """How one kernel is launched: rows × keys per step of its loop, warps per program, `num_stages` of its loop.
+
+    With n stages, loads run (n − 1) // 2 steps ahead where a step's addresses are loaded too (entries of a bucket),
+    n − 1 elsewhere.
+    """
 
     rows: int
     keys: int
