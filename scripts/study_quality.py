@@ -30,7 +30,7 @@ def blocks(block_size: int, top_k: int, full_attention_layers=()) -> dict:
     return {"block_size": block_size, "top_k": top_k, "full_attention_layers": list(full_attention_layers)}
 
 
-LOW_RATE = {"learning_rate": 1.5e-4}
+LOW_RATE, HIGH_RATE = {"learning_rate": 1.5e-4}, {"learning_rate": 1e-3}
 MASKED = {
     "start": "moba", "answer": 1024, "learning_rate": 1e-4, "max_steps": 48, "warmup_steps": 4, "eval_steps": 12,
     "lr_scheduler_kwargs": {"num_decay_steps": 12, "decay_type": "linear", "min_lr_ratio": 0.0},
@@ -50,6 +50,8 @@ ARMS = {
     "blocks-64": {"moba": blocks(64, 16)},
     "full-low-rate": {"moba": blocks(128, 8), "schedule": FULL, **LOW_RATE},
     "hybrid-low-rate": {"moba": blocks(128, 8, LAST_THREE), **LOW_RATE},
+    "full-high-rate": {"moba": blocks(128, 8), "schedule": FULL, **HIGH_RATE},
+    "hybrid-high-rate": {"moba": blocks(128, 8, LAST_THREE), **HIGH_RATE},
     **{f"masked-{last}": {"moba": blocks(128, 8, range(-last, 0)), **MASKED} for last in (0, 1, 3, 5, 10)},
     "masked-30": {"moba": blocks(128, 8), "schedule": FULL, **MASKED},
     "masked-full": {"moba": blocks(128, 8), "schedule": FULL, **MASKED, "start": "full"},

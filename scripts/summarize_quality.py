@@ -5,11 +5,12 @@
 
 An arm's loss is that of held-out text in the attention that the arm ends in: full attention where its last phase is,
 MoBA elsewhere. What it is held against is the arm in full attention that was trained alike: `full-low-rate`,
-`masked-full`, else `full`; nothing, where that one has not run.
+`full-high-rate`, `masked-full`, else `full`; nothing, where that one has not run.
 """
 
 import argparse
 import json
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -19,9 +20,11 @@ from moba_hf.evaluation.figures import STYLE, save
 
 KEPT = ("steps", "trained_tokens", "moba_tokens", "tokens_per_second", "full_before", "moba_before", "full_after",
         "moba_after", "position_loss", "evaluations", "history")  # fmt: skip
-REFERENCES = {"low-rate": "full-low-rate", "masked": "masked-full"}  # by what an arm's name has in it; else `full`
-# Okabe and Ito's colours, and a line for each, so that grey tells them apart too
-LOOKS = (("#0072B2", "-"), ("#D55E00", "-"), ("#009E73", "--"), ("#CC79A7", "-."), ("#000000", ":"), ("#56B4E9", "--"))
+# by what an arm's name has in it; else `full`
+REFERENCES = {"low-rate": "full-low-rate", "high-rate": "full-high-rate", "masked": "masked-full"}
+# Okabe and Ito's colours, and a line for each, so that grey tells them apart too: another where a colour returns
+COLORS, LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9"), ("-", "--", "-.", ":")
+LOOKS = [(COLORS[i % 6], LINES[(i + i // 6) % 4]) for i in range(24)]
 
 
 def main(argv: list[str] | None = None) -> str:
@@ -83,7 +86,7 @@ def figure(arms: dict[str, dict]) -> Figure:
     with matplotlib.rc_context(STYLE):
         drawing = Figure(figsize=(15 if masked else 11, 4))
         training, positions, recall, *layers = drawing.subplots(1, 4 if masked else 3)
-        for (name, arm), (color, line) in zip(whole.items(), LOOKS * len(whole)):
+        for (name, arm), (color, line) in zip(whole.items(), cycle(LOOKS)):
             how, look = mode(arm), dict(color=color, linestyle=line, label=name)
             steps = [entry["step"] for entry in arm["evaluations"]]
             training.plot(steps, [entry[f"{how}_mean"] for entry in arm["evaluations"]], **look)

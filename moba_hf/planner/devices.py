@@ -1,15 +1,14 @@
 """What a device delivers. Measured figures say on what; the others are scaled from them and say so.
 
-One H100 80GB HBM3 (docs/benchmarks.md, docs/measurements: bf16, head_dim 128, torch 2.11, Triton 3.6). The rates of
-MoBA solve two settings each, two equations with two unknowns; the other settings measured there check them:
+One H100 80GB HBM3 (docs/benchmarks.md, docs/measurements: bf16, head_dim 128, torch 2.11, Triton 3.6, kernels of version
+10). The two rates of each stage of MoBA are those of least relative error, in squares, over S1 32K, 64K, 128K and 512K, S4
+with top-8 and top-16, and S2 (not for backward):
 
-    select    FLOP / gate + selections · select_entry; from S1 512K (65.9 ms) and S2 (31.4 ms). S4: +4 %, top-16 +1 %,
-              S1 64K −18 %, 128K −15 %.
-    forward   FLOP / forward + selection bytes / gather; from S1 512K (69.5 ms) and S2 (1901 ms). S4 +8 %, top-16 +9 %,
-              S1 32K to 128K +8 to +10 %.
-    backward  the same form, from S1 512K (146.9 ms) and S4 (90.7 ms). S4 top-16 +3 %, S1 32K to 128K within 1 %.
-    dense     cuDNN, S1. Forward 688 TFLOP/s at 32K and 499 at 512K, in between by the logarithm of the length: 64K
-              −3 %, 128K −3 %, S4 −5 %, S2 (1M) −2 %. Backward 539 at 512K; 32K to 128K within 3 % of it.
+    select    FLOP / gate + selections · select_entry. S1 64K −16 %, 128K −10 %, 512K +9 %, S4 +11 %, others within 3 %.
+    forward   FLOP / forward + selection bytes / gather. S1 512K −8 %, others within 4 %.
+    backward  the same form. S1 512K −4 %, others within 3 %.
+    dense     cuDNN, S1. Forward 648 TFLOP/s at 32K and 500 at 512K, in between by the logarithm of the length: others
+              within 3 %. Backward 539, within 3 %.
 """
 
 import math
@@ -77,9 +76,9 @@ class Device:
 
 H100 = Device(
     name="h100", memory=80 * GIB, matmul=791e12 * MODEL_MATMUL,
-    dense_forward=499e12, dense_forward_short=688e12, dense_backward=539e12,
-    gate=151e12, forward=454e12, backward=279e12, copy=3.02e12, gather=1.78e12, gather_backward=1.67e12,
-    select_entry=6.54e-11, launch_select=0.42e-3, launch_forward=1.59e-3, launch_backward=2.34e-3,
+    dense_forward=500e12, dense_forward_short=648e12, dense_backward=539e12,
+    gate=141e12, forward=485e12, backward=346e12, copy=3.02e12, gather=2.32e12, gather_backward=2.63e12,
+    select_entry=6.90e-11, launch_select=0.28e-3, launch_forward=0.88e-3, launch_backward=1.66e-3,
     link=450e9, network=50e9, node=8, workspace=GIB,
     source="rates measured on one H100 80GB HBM3; launches are S1 8K, which they bound; matmul times an assumed 0.8; "
     "NVLink 450 GB/s and network 50 GB/s a GPU from the data sheets, not measured",

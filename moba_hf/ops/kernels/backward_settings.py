@@ -52,20 +52,19 @@ def table(capability, dtype, head_dim: int, block_size: int) -> dict[str, Tile]:
         return _tiles(tile, tile, tile, tile)
     if shared < 227:
         return _ampere(row_bytes, shared)
+    # the fastest of six and more settings each on an H100 (docs/kernels.md), smaller where tensor memory is the limit
+    fused, blackwell = block_size <= _LARGEST_FUSED_BLOCK, capability[0] > 9
     if width <= 64:
-        if block_size <= _LARGEST_FUSED_BLOCK:
-            past_keys = Tile(64, 64, 4, 5) if block_size <= 64 else Tile(128, 128, 8, 5)
-        else:
-            past_keys = Tile(64, 128, 8, 5)
+        past_keys = Tile(128, 128, 8, 5) if fused and not blackwell else Tile(64, 128, 8, 5)
+        if block_size <= 64:
+            past_keys = Tile(64, 64, 4, 5)
         return _tiles(Tile(32, 64, 4, 3), Tile(64, 64, 4, 2), past_keys, Tile(64, 64, 4, 2))
-    if width <= 128:  # the fastest of six and more settings each on an H100: docs/kernels.md
-        past_keys = Tile(64, 128, 8, 5)
-        if capability[0] > 9 and block_size <= _LARGEST_FUSED_BLOCK:
-            past_keys = Tile(64, 64, 8, 2)  # five matmuls with 128 keys need 576 columns of tensor memory, of 512
+    if width <= 128:
+        past_keys = Tile(64, 64, 8, 2) if fused and blackwell else Tile(64, 128, 8, 5)
         return _tiles(Tile(32, 64, 4, 3), Tile(64, 64, 4, 2), past_keys, Tile(128, 32, 8, 3))
-    past_keys = Tile(64, 64, 8, 3)
-    if block_size <= 64 or capability[0] > 9:  # no room for 64 rows beside dQ's operand, or that of tensor memory
-        past_keys = Tile(32, 64, 8, 1 if block_size <= 64 else 3)
+    past_keys = Tile(32 if blackwell else 64, 64, 8, 3)
+    if block_size <= 64:  # dQ takes the shared memory of the stages
+        past_keys = Tile(32, 64, 8, 1)
     return _tiles(Tile(32, 64, 8, 3), Tile(32, 32, 4, 2), past_keys, Tile(64, 16, 4, 3))
 
 
