@@ -1,8 +1,8 @@
 """What a device delivers. Measured figures say on what; the others are scaled from them and say so.
 
-One H100 80GB HBM3 (docs/benchmarks.md, docs/measurements: bf16, head_dim 128, torch 2.11, Triton 3.6, kernels of version
-10). The two rates of each stage of MoBA are those of least relative error, in squares, over S1 32K, 64K, 128K and 512K, S4
-with top-8 and top-16, and S2 (not for backward):
+One H100 80GB HBM3 (docs/benchmarks.md, docs/measurements: bf16, head_dim 128, torch 2.11, Triton 3.6, kernels of
+version 10). The two rates of each stage of MoBA are those of least relative error, in squares, over S1 32K, 64K, 128K
+and 512K, S4 with top-8 and top-16, and S2 (not for backward):
 
     select    FLOP / gate + selections · select_entry. S1 64K −16 %, 128K −10 %, 512K +9 %, S4 +11 %, others within 3 %.
     forward   FLOP / forward + selection bytes / gather. S1 512K −8 %, others within 4 %.
