@@ -27,3 +27,19 @@ def test_kernels_compile_within_their_gates():
         assert done.stdout.count(f"| {kernel} | bf16 d128 B128 |") == 2 * count, done.stdout
     for kernel in ("gate_kernel", "own_block_merge_kernel", "own_block_queries_kernel"):  # fewer queries than keys
         assert done.stdout.count(f"| {kernel} | bf16 d128 B128 chunk |") == 1, done.stdout
+
+
+@pytest.mark.parametrize(("together", "faults"), [(1, 1), (8, 0)])
+def test_products_that_wait_for_each_other_are_a_fault(together, faults):
+    """As disassembled: the last instruction of a group of products carries the barrier that is waited for."""
+    product = "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24"
+    code = (f"{product} ;\n" * (together - 1) + f"{product}, gsb0 ;\n") * (16 // together) + "STG.E [R2], R4 ;\n"
+    program = f"""if True:
+        import sys
+        sys.path.insert(0, {str(SCRIPT.parent)!r})
+        import compile_kernels as c
+        launch = c.Launch(c.Case(90, 128, 128, c.torch.bfloat16), "", "")
+        print(len(list(c.find_problems(launch, c.Compiled(matrix="HGMMA"), {code!r}, True))))
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(faults)]

@@ -185,7 +185,7 @@ def past_block_keys_kernel(
             HEAD_DIM, WIDTH,
         )  # fmt: skip
         scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2
-        dp = tl.dot(v, tl.trans(do), input_precision="ieee")  # here: what follows need not wait for a product but dQ's
+        dp = tl.dot(v, tl.trans(do), input_precision="ieee")  # not after the exponential: then only dQ is waited for
         p = tl.math.exp2(scores - lse[None, :])
         if BLOCK_SIZE % KEYS != 0:
             p = tl.where((within < BLOCK_SIZE)[:, None], p, 0.0)
@@ -327,7 +327,9 @@ def own_block_queries_kernel(
     partial_ptr += slice_head * partial_head
     selected_ptr += (token * heads + head) * SLOTS
     dq = tl.zeros([ROWS, WIDTH], tl.float32)
-    for slot in tl.range(0, SLOTS, num_stages=3):  # first: after the matrix products, Triton 3.9's would go one by one
+    for slot in tl.range(
+        0, SLOTS, num_stages=3
+    ):  # first: after the own block's, with Triton 3.9, its products go one by one
         block = tl.load(selected_ptr + slot, mask=taken, other=-1)
         entry = row.to(tl.int64) * SLOTS + slot
         partial_mask = (block >= 0)[:, None] & (d < HEAD_DIM)[None, :]
