@@ -327,9 +327,8 @@ def own_block_queries_kernel(
     partial_ptr += slice_head * partial_head
     selected_ptr += (token * heads + head) * SLOTS
     dq = tl.zeros([ROWS, WIDTH], tl.float32)
-    for slot in tl.range(
-        0, SLOTS, num_stages=3
-    ):  # first: after the own block's, with Triton 3.9, its products go one by one
+    # before the own block: after it, Triton 3.9 makes each of the own block's products wait for the one before
+    for slot in tl.range(0, SLOTS, num_stages=3):
         block = tl.load(selected_ptr + slot, mask=taken, other=-1)
         entry = row.to(tl.int64) * SLOTS + slot
         partial_mask = (block >= 0)[:, None] & (d < HEAD_DIM)[None, :]
