@@ -125,10 +125,10 @@ def _choose(engine: str, query: torch.Tensor, block_size: int) -> str:
 
 
 def _positive_scale(query: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
-    """The same scores with a scale > 0: kernels mask with −inf before they scale, which a scale ≤ 0 turns into NaN."""
-    if scale > 0:
-        return query, scale
-    return (-query, -scale) if scale < 0 else (query * 0, 1.0)
+    """The same scores with a scale ≥ 2⁻¹⁰⁰: kernels mask with −inf before they scale by it, and divide by it."""
+    if abs(scale) < 2.0**-100:
+        return query * scale, 1.0
+    return (query, scale) if scale > 0 else (-query, -scale)
 
 
 def _useful_slots(top_k: int, key: torch.Tensor, block_size: int) -> int:

@@ -12,8 +12,8 @@ because autograd differentiates it):
 query, output, grad_output: [total_q, heads, head_dim]; key, value: [total_k, kv_heads, head_dim], one floating dtype,
 any strides whose last is 1 (grad_output: any strides at all). lse: float32 [total_q, heads], natural logarithm of the
 softmax denominator over scaled scores (float64 for float64 inputs). selected_blocks: int32 [total_q, heads, slots],
-block numbers within the sequence in ascending order, then −1. scale: > 0. cu_seqlens_*: int32 [sequences + 1]; equal
-neighbours are empty sequences. Rows past cu_seqlens_q[-1] belong to no sequence: output 0, lse −inf; rows past
+block numbers within the sequence in ascending order, then −1. scale: ≥ 2⁻¹⁰⁰. cu_seqlens_*: int32 [sequences + 1];
+equal neighbours are empty sequences. Rows past cu_seqlens_q[-1] belong to no sequence: output 0, lse −inf; rows past
 cu_seqlens_k[-1] are never read; all of these get zero gradients. Selected blocks are complete blocks strictly before
 the query's own block; the own block (causal) is always attended and never listed.
 """

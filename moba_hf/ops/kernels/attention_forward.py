@@ -6,7 +6,7 @@ merges the partials of each row in slot order, and its own block into them. Rows
 `bucket_sort`; log-sum-exps of partials are in base 2.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -293,8 +293,6 @@ def own_block_merge(call: Forward, tokens: range, kv_heads: range, partial, part
     """Write output and lse of the queries `tokens` and the heads of `kv_heads`: own blocks merged with the partials."""
     tile, group = call.settings.own, call.query.shape[1] // call.key.shape[1]
     chunks = call.query.shape[0] < call.key.shape[0]
-    if chunks:  # the loop over own blocks takes registers: 48 spilled with 128 rows on sm_90
-        tile = replace(tile, rows=min(tile.rows, 64))
     own_block_merge_kernel[(triton.cdiv(len(tokens) * group, tile.rows), len(kv_heads))](
         *call.tensors(), call.layout.own_start, call.layout.key_row, call.selected_blocks, partial, partial_lse,
         output, lse, *call.strides(), partial.shape[1], tokens.start, tokens.stop, kv_heads.start, call.key.shape[0],

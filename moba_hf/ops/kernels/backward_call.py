@@ -13,10 +13,10 @@ from .tuned_tiles import Tile
 
 @triton.jit(do_not_specialize=["rows"])
 def statistics_kernel(
-    do_ptr, o_ptr, lse_ptr, statistics_ptr, do_token, do_head, o_token, o_head, rows, heads,
+    do_ptr, o_ptr, lse_ptr, statistics_ptr, do_token, do_head, o_token, o_head, rows, heads, inverse_scale,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """What P and dS need of a row, side by side: its log-sum-exp in base 2, and δ = rowsum(dO · O).
+    """What P and dS subtract in each row, side by side: LSE / scale, and δ = rowsum(dO · O).
 
     One program owns ROWS consecutive (token, head) pairs. do, o: [tokens, heads, HEAD_DIM]; lse: float32
     [tokens, heads], natural logarithm; statistics: float32 [tokens, heads, 2]. Everything is read and written once.
@@ -28,7 +28,7 @@ def statistics_kernel(
     do = tl.load(do_ptr + (token * do_token + head * do_head)[:, None] + d[None, :], mask=inside, other=0.0)
     o = tl.load(o_ptr + (token * o_token + head * o_head)[:, None] + d[None, :], mask=inside, other=0.0)
     lse = tl.load(lse_ptr + row, mask=row < rows)
-    tl.store(statistics_ptr + row * 2, lse * LOG2_E, mask=row < rows)
+    tl.store(statistics_ptr + row * 2, lse * inverse_scale, mask=row < rows)
     tl.store(statistics_ptr + row * 2 + 1, tl.sum(do.to(tl.float32) * o.to(tl.float32), 1), mask=row < rows)
 
 
@@ -37,7 +37,7 @@ def load_queries(
     q_ptr, do_ptr, statistics_ptr, token, head, q_token, q_head, do_token, do_head, heads, taken,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Q, dO, log-sum-exp in base 2 and δ of each row (token, head); all 0 where not taken: so is what they add."""
+    """Q, dO, LSE / scale and δ of each row (token, head); all 0 where not taken: so is what they add."""
     q = load_rows(q_ptr, token, head, q_token, q_head, taken, HEAD_DIM, WIDTH)
     do = load_rows(do_ptr, token, head, do_token, do_head, taken, HEAD_DIM, WIDTH)
     statistics_ptr += ((token * heads + head) * 2)[:, None] + tl.arange(0, 4)[None, :]
@@ -120,7 +120,7 @@ def prepare(
     rows = max(1, 4096 // width)
     statistics_kernel[(triton.cdiv(tokens * heads, rows),)](
         grad_output, output, lse.contiguous(), statistics, *grad_output.stride()[:2], *output.stride()[:2],
-        tokens * heads, heads,
+        tokens * heads, heads, 1 / scale,
         HEAD_DIM=head_dim, WIDTH=width, ROWS=rows,
     )  # fmt: skip
     return Backward(

@@ -46,10 +46,9 @@ def table(capability, dtype, head_dim: int, block_size: int) -> dict[str, Tile]:
     width = max(16, triton.next_power_of_2(head_dim))
     row_bytes = width * dtype.itemsize
     shared = SHARED_KB.get(capability, 99)
-    if dtype == torch.float32:  # plain FMA in float32: small tiles, whatever the GPU
-        size = 32 if width <= 128 else 16
-        tile = Tile(size, size, 8, 1)
-        return _tiles(tile, tile, tile, tile)
+    if dtype == torch.float32:  # plain FMA in float32: the largest tiles that spill nothing on sm_90
+        tile = Tile(32, 32, 8, 1) if width <= 64 else Tile(16, 16, 8, 1)
+        return _tiles(tile, tile, tile if width != 128 else Tile(32, 32, 16, 1), tile)
     if shared < 227:
         return _ampere(row_bytes, shared)
     # the fastest of six and more settings each on an H100 (docs/kernels.md), smaller where tensor memory is the limit

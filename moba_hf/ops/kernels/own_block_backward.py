@@ -6,7 +6,7 @@ import triton.language as tl
 
 from .backward_call import Backward, load_pair, load_queries
 from .block_layout import own_queries
-from .primitives import token_and_head
+from .primitives import dot_minus, token_and_head
 
 
 @triton.jit(do_not_specialize=["first_kv_head", "total_k", "n_blocks", "block_size"])
@@ -59,12 +59,12 @@ def own_block_keys_kernel(
         where = tl.where(which, own_start_ptr + token[:, None], key_row_ptr + token[:, None])
         own_start, key_row = load_pair(where, taken, -1)
         visible = (own_start[None, :] <= key[:, None]) & (key[:, None] <= key_row[None, :])
-        scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2
-        p = tl.where(visible, tl.math.exp2(scores - lse[None, :]), 0.0)
+        scores = dot_minus(k, tl.trans(q), lse)
+        p = tl.where(visible, tl.math.exp2(scores * scale_log2), 0.0)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+        dp = dot_minus(v, tl.trans(do), delta)
         # the second `where` keeps a row of keys that belongs to no sequence, which may hold anything, out of dK
-        ds = tl.where(visible, p * (dp - delta[None, :]), 0.0).to(q.dtype)
+        ds = tl.where(visible, p * dp, 0.0).to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision="ieee")
     out = key64 * dk_token + kv_head * dk_head + d[None, :]
     tl.store(dk_ptr + out, (dk * scale).to(dk_ptr.dtype.element_ty), mask=key_mask)
@@ -166,8 +166,8 @@ def _add_own_queries(
         k = tl.load(k_ptr + key64 * k_token + d[None, :], mask=key_mask, other=0.0)
         v = tl.load(v_ptr + key64 * v_token + d[None, :], mask=key_mask, other=0.0)
         visible = (own_start[:, None] <= key[None, :]) & (key[None, :] <= key_row[:, None])
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
-        p = tl.where(visible, tl.math.exp2(scores - lse[:, None]), 0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") - lse[:, None]
+        p = tl.where(visible, tl.math.exp2(scores * scale_log2), 0.0)
         ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
         dq = tl.dot(ds.to(q.dtype), k, dq, input_precision="ieee")
     return dq
@@ -197,6 +197,6 @@ def own_block_queries(call: Backward, tokens, kv_heads, partials, grad_query) ->
     own_block_queries_kernel[(triton.cdiv(len(tokens) * group, tile.rows), len(kv_heads))](
         *call.tensors(), call.own_start, call.key_row, call.selected_blocks, partials, grad_query,
         *call.strides(), *grad_query.stride()[:2], partials.stride(0), tokens.start, tokens.stop, kv_heads.start,
-        total_k, call.query.shape[1], inverse_scale=1 / call.scale if call.scale else 0.0,  # 0: so are the partials
+        total_k, call.query.shape[1], inverse_scale=1 / call.scale,
         SLOTS=call.selected_blocks.shape[2], CHUNKS=call.query.shape[0] < total_k, **call.scales(), **call.shapes(tile),
     )  # fmt: skip

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .backward_call import Backward, load_queries
-from .primitives import token_and_head
+from .primitives import dot_minus, token_and_head
 
 _LOOKED_AT = tl.constexpr(128)  # buckets at a time, in the search for a portion's
 
@@ -55,14 +55,13 @@ def past_block_keys_kernel(
         since = tl.load(since_ptr)
         begun = (since >= 0) & (since < first_token)  # one of this pass is what another tile of the block's keys noted
         tl.store(since_ptr, tl.where(begun | (not used), since, first_token))
-    if not STORE:  # there, empty programs run on behind their mask (docs/kernels.md, version 9)
-        if not used:
-            return
+    if not used:
+        return
     kv_head = (first_kv_head + tl.program_id(1)).to(tl.int64)  # head strides reach past 2³¹
     d = tl.arange(0, WIDTH)
     within = (tl.program_id(0) % key_tiles) * KEYS + tl.arange(0, KEYS)
     key = (block_start + within)[:, None].to(tl.int64)
-    key_mask = (within < tl.where(used, BLOCK_SIZE, 0))[:, None] & (d < HEAD_DIM)[None, :]
+    key_mask = (within < BLOCK_SIZE)[:, None] & (d < HEAD_DIM)[None, :]
     k = tl.load(k_ptr + key * k_token + kv_head * k_head + d[None, :], mask=key_mask, other=0.0)
     v = tl.load(v_ptr + key * v_token + kv_head * v_head + d[None, :], mask=key_mask, other=0.0)
     dk = tl.zeros([KEYS, WIDTH], tl.float32)
@@ -79,13 +78,13 @@ def past_block_keys_kernel(
             q_ptr, do_ptr, statistics_ptr, token, head, q_token, q_head, do_token, do_head, heads, taken,
             HEAD_DIM, WIDTH,
         )  # fmt: skip
-        scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2
-        dp = tl.dot(v, tl.trans(do), input_precision="ieee")  # not after the exponential: then only dQ is waited for
-        p = tl.math.exp2(scores - lse[None, :])
+        scores = dot_minus(k, tl.trans(q), lse)
+        dp = dot_minus(v, tl.trans(do), delta)  # not after the exponential: then only dQ is waited for
+        p = tl.math.exp2(scores * scale_log2)
         if BLOCK_SIZE % KEYS != 0:
             p = tl.where((within < BLOCK_SIZE)[:, None], p, 0.0)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-        ds = (p * (dp - delta[None, :])).to(q.dtype)
+        ds = (p * dp).to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision="ieee")
         if WITH_DQ:
             dq = tl.dot(tl.trans(ds), k, input_precision="ieee") * scale  # here: float16 has no range to spare
@@ -163,7 +162,7 @@ def past_block_queries_kernel(
         key_mask = (key < BLOCK_SIZE) & (d < HEAD_DIM)[None, :]
         k = tl.load(k_ptr + key * k_token + d[None, :], mask=key_mask, other=0.0)
         v = tl.load(v_ptr + key * v_token + d[None, :], mask=key_mask, other=0.0)
-        p = tl.math.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 - lse[:, None])
+        p = tl.math.exp2((tl.dot(q, tl.trans(k), input_precision="ieee") - lse[:, None]) * scale_log2)
         if BLOCK_SIZE % KEYS != 0:
             p = tl.where(tl.trans(key) < BLOCK_SIZE, p, 0.0)
         ds = (p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])).to(q.dtype)

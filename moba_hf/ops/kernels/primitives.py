@@ -14,6 +14,17 @@ def token_and_head(row, first_token, GROUP: tl.constexpr):
 
 
 @triton.jit
+def dot_minus(a, b, columns):
+    """a b − columns: float32 [M, N]; a: [M, D], b: [D, N], columns: float32 [N].
+
+    The product begins with them. Subtracted after, they would take registers of their own meanwhile: a thread holds
+    few rows of a product, but a quarter of its columns.
+    """
+    begin = tl.broadcast_to(-columns[None, :], [a.shape[0], b.shape[1]])
+    return tl.dot(a, b, begin, input_precision="ieee")
+
+
+@triton.jit
 def load_rows(ptr, token, head, token_stride, head_stride, taken, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
     """[rows, WIDTH] of a tensor [tokens, heads, HEAD_DIM] whose rows are HEAD_DIM neighbours; 0 where not taken.
 
