@@ -87,7 +87,7 @@ def test_blocks_of_one_token(top_k):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("heads", [(3, 3), (4, 2), (6, 2)], ids=str)
 def test_tiles_where_each_key_has_its_query(small_pieces, monkeypatch, dtype, heads):
-    """Tiles of one and of two blocks; the lower halves of the sums lie in dQ, at 3/3 heads for one of the two."""
+    """Tiles of one and of two blocks; the lower halves of the sums lie in dQ, at 3/3 heads not both at a time."""
     lengths = around(5)
     tensors, where = states(lengths, lengths, *heads, dtype=dtype), (cu(lengths), cu(lengths), 5)
     selected, sizes = routing.select(*tensors[:2], *where, 2), flash_plan._backward_sizes

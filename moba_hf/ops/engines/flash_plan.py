@@ -220,8 +220,11 @@ class Work:
 
     @property
     def spare_heads(self) -> int:
-        """Heads of a group whose dQ rows can hold something for the keys of the same numbers; see _spare_heads."""
-        return _spare_heads(self.group, self.ahead)
+        """How many heads' dQ rows (two are wanted at most) stay unused until the keys of their numbers are finished.
+
+        Ranges come last to first, so that holds where the key of each query has its number: where `ahead` is 0.
+        """
+        return min(2, self.group) if self.ahead == 0 else 0
 
     def pieces(self) -> Iterator[Piece]:
         """All pieces, last tokens first in each KV head."""
@@ -317,7 +320,7 @@ def _backward_sizes(query, key, slots: int, blocks: int, sequences: int, block_s
     fixed, tile = sums + max(own_rest, total_k * past_key + blocks * pad), blocks
     if 2 * fixed > budget and not _capturing(query):
         tile = min(blocks, max(1, budget // 4 // (block_size * past_key + pad)))
-        halves = (2 - _spare_heads(group, ahead)) * item * width * total_k if item < wide else 0
+        halves = 2 * item * width * total_k if ahead and item < wide else 0  # of the last KV head
         fixed = halves + max(own_rest, tile * (block_size * past_key + pad))
     return max(_TILE, max(budget - fixed - _LAYOUT * total_q, budget // 4) // token), tile
 
@@ -325,14 +328,6 @@ def _backward_sizes(query, key, slots: int, blocks: int, sequences: int, block_s
 def _most_blocks(keys: int, block_size: int, sequences: int) -> int:
     """The most blocks that so many successive keys can touch."""
     return keys // block_size + sequences + 1
-
-
-def _spare_heads(group: int, ahead: int) -> int:
-    """How many heads' dQ rows (no more than two are wanted) stay unused until the keys of their numbers are finished.
-
-    Ranges come last to first, so that holds where the key of each query has its number: where ahead is 0.
-    """
-    return min(2, group) if ahead == 0 else 0
 
 
 def _capturing(tensor: torch.Tensor) -> bool:

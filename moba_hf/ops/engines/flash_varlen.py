@@ -11,8 +11,8 @@ that its memory stays within MOBA_HF_WORKSPACE_MB (1024 by default, read at ever
 sort keys, what the kernels pad; in the backward also each call's key gradients and the float32 sums of dK and dV. Those
 sums of one KV head fill 1 GiB at 1M tokens of head_dim 128. Long sequences therefore hold them in halves, in storage of
 the results that is not needed yet (gradient_sums). What can still exceed the workspace, in the backward of millions of
-tokens: the lower halves of dV where each query head has its own KV head (2 bytes per key element of one head); what is
-held for each key where queries are fewer than keys, or while a CUDA graph is captured.
+tokens: what is held for each key of the last KV head where queries are fewer than keys (4 bytes per key element), and
+of every head while a CUDA graph is captured.
 
 Host syncs, their number independent of tokens and sequences: one in the backward, for how far keys run ahead of
 queries; two in a backward so long that blocks come in tiles, for the rows and keys of each; one per pass with kernels
@@ -21,6 +21,7 @@ rows, where the bound known from shapes would launch mostly empty blocks. None h
 the bounds known from shapes serve instead.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -105,8 +106,7 @@ def backward(
     work = Work.plan(query, key, selected_blocks, cu_seqlens_q, cu_seqlens_k, block_size, scale, backward=True)
     if work is None:
         return grads
-    for kv_head in range(key.shape[1]):
-        sums = _sums(work, kv_head, grads)
+    for kv_head, sums in _sums(work, grads):
         for piece in work.pieces_of(kv_head):
             rows = _Rows(*(x[piece.tokens, piece.heads] for x in (grad_output, query, output, lse)))
             grad_rows = _own_backward(work, piece, rows, key, value, sums)
@@ -114,17 +114,28 @@ def backward(
                 _add_past_backward(work, piece, rows, key, value, grad_rows, sums)
             sums.finish(piece.finished)  # first: what they lack may lie in these rows of dQ
             grads[0][piece.tokens, piece.heads] = grad_rows.to(query.dtype).unflatten(0, (-1, work.group))
-        del sums  # before the next head's are made
+        del sums  # before the next ones are made
     return grads
 
 
-def _sums(work, kv_head: int, grads) -> WholeSums | HalvedSums:
-    """Sums of dK and dV. With tiles, their lower halves lie in the dQ of tokens whose turn is still to come."""
-    own = [x[:, kv_head] for x in grads[1:]]
-    if not work.tiled or own[0].element_size() != 2:
-        return WholeSums(own)
-    lower = [grads[0][:, kv_head * work.group + i] for i in range(work.spare_heads)]
-    return HalvedSums(own, lower + [torch.zeros_like(x) for x in own[work.spare_heads :]])
+def _sums(work, grads) -> Iterator[tuple[int, WholeSums | HalvedSums]]:
+    """(KV head, sums of its dK and dV), in turn; each takes the head's whole backward.
+
+    With tiles, the lower halves lie where results are still to come: in the dQ of tokens whose turn has not come, or in
+    the dK and dV of the next head. The last head, where each query head has a KV head of its own, finds room for one of
+    the two at a time: its backward runs twice.
+    """
+    for kv_head in range(work.kv_heads):
+        own = [x[:, kv_head] for x in grads[1:]]
+        if not work.tiled or own[0].element_size() != 2:
+            yield kv_head, WholeSums(own)
+            continue
+        room = [grads[0][:, kv_head * work.group + i] for i in range(work.spare_heads)]
+        room += [x[:, kv_head + 1] for x in grads[1:] if kv_head + 1 < work.kv_heads]
+        if len(room) == 1:
+            yield from ((kv_head, HalvedSums(own[i : i + 1], room, first=i)) for i in range(2))
+        else:
+            yield kv_head, HalvedSums(own, room[:2] or [torch.empty_like(x) for x in own])
 
 
 @dataclass(frozen=True)

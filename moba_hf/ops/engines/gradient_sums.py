@@ -30,15 +30,20 @@ class WholeSums:
 
 
 class HalvedSums:
-    """grads, lower: [keys, head_dim] each, 16-bit elements, zero; any strides."""
+    """grads, lower: [keys, head_dim] each, 16-bit elements, zeroed here; any strides.
 
-    def __init__(self, grads: list[torch.Tensor], lower: list[torch.Tensor]):
-        self._grads = grads
+    first: the place of grads[0] among the parts that are added; parts without a gradient here are dropped.
+    """
+
+    def __init__(self, grads: list[torch.Tensor], lower: list[torch.Tensor], first: int = 0):
+        for x in (*grads, *lower):
+            x.zero_()
+        self._grads, self._first = grads, first
         self._halves = [(low.view(torch.int16), high.view(torch.int16)) for low, high in zip(lower, grads)]
 
     def add(self, keys: slice, parts: list[torch.Tensor]) -> None:
         """parts: [keys of the slice, head_dim] each. None of the keys may be finished."""
-        for (low, high), part in zip(self._halves, parts):
+        for (low, high), part in zip(self._halves, parts[self._first :]):
             bits = torch.stack((low[keys], high[keys]), -1)  # little-endian, as GPUs are
             bits.view(torch.float32)[..., 0].add_(part)
             low[keys], high[keys] = bits.unbind(-1)
