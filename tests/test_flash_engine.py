@@ -236,9 +236,9 @@ def test_compiles_to_one_graph(dynamic):
     [
         ("cpu", None, False, 4096, "blockwise"),
         ("mps", None, True, 4096, "blockwise"),
-        ("cuda", "fa3", True, 4096, "flash"),
-        ("cuda", "fa4", True, 2048, "flash"),
-        ("cuda", "fa3", True, 2047, "triton"),
+        ("cuda", "fa3", True, 16384, "flash"),
+        ("cuda", "fa4", True, 8192, "flash"),
+        ("cuda", "fa4", True, 8191, "triton"),
         ("cuda", "fa2", True, 4096, "triton"),
         ("cuda", "torch", True, 4096, "triton"),
         ("cuda", "torch", False, 128, "flash"),

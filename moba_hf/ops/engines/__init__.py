@@ -25,6 +25,7 @@ import torch
 
 NAMES = ("reference", "blockwise", "flash", "triton")
 _MODULES = {"flash": "flash_varlen"}
+_FLASH_FROM = 8192  # block size: see `automatic`
 
 
 @dataclass(frozen=True)
@@ -106,19 +107,21 @@ def decode_kernels(engine: str, query: torch.Tensor, block_size: int):
 
 
 def automatic(device: str, flash: str | None, triton: bool, block_size: int) -> str:
-    """What engine="auto" takes. A model of the cost, not a measurement.
+    """What engine="auto" takes.
 
     device: "cuda", "cpu", …; flash: the FlashAttention kernels that fit dtype and head_dim, None for none
     (`flash_varlen.provider_name`); triton: whether the Triton engine runs here.
 
     The flash engine writes out the gathered queries and the partial outputs, about 8 · head_dim bytes for each pair of
     query and selected block, against 4 · head_dim · block_size FLOP of attention: head_dim cancels, and the traffic is
-    13 % of the time at block_size 4096. FlashAttention-3 and -4 are faster than our kernels by more than that, so they
-    win from 2048 on. FlashAttention-2 (also PyTorch's own) is not, and only stands in where Triton is missing.
+    13 % of the time at block_size 4096. On an H100 FlashAttention-4 makes up for it somewhere between 4096 (forward and
+    backward as fast as our kernels, forward alone a third slower) and 16384 (faster in both): docs/benchmarks.md.
+    FlashAttention-3, not measured, is taken to be like it. FlashAttention-2 (also PyTorch's own) is slower, and only
+    stands in where Triton is missing.
     """
     if device != "cuda":
         return "blockwise"
-    if flash in ("fa3", "fa4") and block_size >= 2048:
+    if flash in ("fa3", "fa4") and block_size >= _FLASH_FROM:
         return "flash"
     if triton:
         return "triton"

@@ -40,12 +40,12 @@ def table(capability, dtype, head_dim: int, block_size: int) -> dict[str, Tile]:
     width = max(16, triton.next_power_of_2(head_dim))
     if dtype == torch.float32:  # plain FMA: the largest tiles that spill nothing on sm_90
         gate, own = Tile(32, 32, 4, 1), Tile(32, 32, 8, 1) if width <= 64 else Tile(16, 16, 8, 1)
-        past = own if width != 128 else Tile(32, 32, 16, 1)
+        past = {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 16, 1)}.get(max(width, 64), own)
     elif SHARED_KB.get(capability, 99) < 227:  # sm_80 to sm_89, and consumer Blackwell (sm_120)
         gate = Tile(64, 64, 4, 1) if width <= 128 else Tile(32, 32, 4, 1)
         past = own = Tile(64, 64, 4, 2) if width <= 128 else Tile(32, 32, 4, 1)
     elif width <= 128:  # the fastest of six and more settings each on an H100: docs/kernels.md
-        gate, own = Tile(64, 64 if width > 64 else 32, 4, 1), Tile(64, 64, 4, 2)
+        gate, own = Tile(64, 64 if width > 64 else 32, 4, 1), Tile(64, 64, 4, 3)
         if block_size <= _LARGEST_STATIONARY_BLOCK:
             past = Tile(64, 128, 4, 3 if width > 64 else 5)
         else:

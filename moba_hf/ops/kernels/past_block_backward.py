@@ -79,18 +79,18 @@ def past_block_keys_kernel(
             HEAD_DIM, WIDTH,
         )  # fmt: skip
         scores = dot_minus(k, tl.trans(q), lse)
-        dp = dot_minus(v, tl.trans(do), delta)  # not after the exponential: then only dQ is waited for
         p = tl.math.exp2(scores * scale_log2)
         if BLOCK_SIZE % KEYS != 0:
             p = tl.where((within < BLOCK_SIZE)[:, None], p, 0.0)
+        dp = dot_minus(v, tl.trans(do), delta)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
         ds = (p * dp).to(q.dtype)
-        dk = tl.dot(ds, q, dk, input_precision="ieee")
-        if WITH_DQ:
+        if WITH_DQ:  # before dK: the last product of a step need not be waited for, and dQ is stored
             dq = tl.dot(tl.trans(ds), k, input_precision="ieee") * scale  # here: float16 has no range to spare
             out = entry[:, None].to(tl.int64) * HEAD_DIM + d[None, :]
             dq_mask = taken[:, None] & (d < HEAD_DIM)[None, :]
             tl.store(dq_ptr + out, dq.to(dq_ptr.dtype.element_ty), mask=dq_mask)
+        dk = tl.dot(ds, q, dk, input_precision="ieee")
     out = slice_head * sum_head + key * sum_token + d[None, :]
     if begun:  # faster than load, add and store even where nobody else adds: the program does not wait for the sums
         tl.atomic_add(dk_ptr + out, dk, mask=key_mask, sem="relaxed")
