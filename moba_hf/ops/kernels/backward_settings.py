@@ -61,9 +61,8 @@ def table(capability, dtype, head_dim: int, block_size: int) -> dict[str, Tile]:
     if width <= 128:
         past_keys = Tile(64, 64, 8, 2) if fused and blackwell else Tile(64, 128, 8, 5)
         return _tiles(Tile(32, 64, 4, 3), Tile(64, 64, 4, 2), past_keys, Tile(128, 32, 8, 3))
-    past_keys = Tile(32 if blackwell else 64, 64, 8, 3)
-    if block_size <= 64:  # dQ takes the shared memory of the stages
-        past_keys = Tile(32, 64, 8, 1)
+    stages = 1 if block_size <= 64 else 3  # there dQ takes the shared memory of the stages
+    past_keys = Tile(32 if blackwell else 64, 64, 8, stages)
     return _tiles(Tile(32, 64, 8, 3), Tile(32, 32, 4, 2), past_keys, Tile(64, 16, 4, 3))
 
 
