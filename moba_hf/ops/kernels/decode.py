@@ -51,7 +51,7 @@ def decode_split_kernel(
     high = tl.full([], float("-inf"), tl.float32)
     total = tl.zeros([], tl.float32)
     output = tl.zeros([WIDTH], tl.float32)
-    for begin in range(0, PIECE, KEYS):
+    for begin in tl.range(0, PIECE, KEYS, num_stages=2):  # by default Triton loads nothing ahead here
         key = first + begin + tl.arange(0, KEYS)
         inside = key < end
         mask = inside[:, None] & (d < HEAD_DIM)[None, :]
