@@ -59,7 +59,7 @@ def test_cut_own_blocks(engine, block_size):
 
 
 @pytest.mark.parametrize("engine", [*ENGINES, "dense"])
-@pytest.mark.parametrize("scale", [1.7, 1e-3, -0.2, 0])
+@pytest.mark.parametrize("scale", [1.7, 1e-3, -0.2, 0, 1e-40])
 def test_scales(engine, scale):
     lengths = [70, 20]
     tensors = states(lengths, lengths, dtype=torch.float64)

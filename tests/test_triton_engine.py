@@ -64,6 +64,18 @@ def test_chunks_of_longer_keys(block_size):
 
 
 @inside
+@pytest.mark.parametrize("scale", [0, 1e-40, -0.3])
+def test_scales_that_kernels_cannot_divide_by(scale):
+    tensors = [x.requires_grad_() for x in states([50], [50], 2, 1, 16)]
+    found = [
+        _with_gradients(moba_attention(*tensors, block_size=16, top_k=3, scale=scale, engine=engine), tensors)
+        for engine in ("triton", "reference")
+    ]
+    for actual, expected in zip(*found):
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+@inside
 def test_few_queries_of_long_sequences(monkeypatch):
     """What lies between the queries' own blocks is not read, where a tile of rows spans sequences, nor scored."""
     from triton.runtime.interpreter import interpreter_builder

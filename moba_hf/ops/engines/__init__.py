@@ -114,8 +114,8 @@ def automatic(device: str, flash: str | None, triton: bool, block_size: int) -> 
 
     The flash engine writes out the gathered queries and the partial outputs, about 8 · head_dim bytes for each pair of
     query and selected block, against 4 · head_dim · block_size FLOP of attention: head_dim cancels, and the traffic is
-    13 % of the time at block_size 4096. On an H100 FlashAttention-4 makes up for it somewhere between 4096 (forward and
-    backward as fast as our kernels, forward alone a third slower) and 16384 (faster in both): docs/benchmarks.md.
+    13 % of the time at block_size 4096. On an H100 FlashAttention-4 makes up for it at 8192: forward as fast as our
+    kernels, with backward a quarter faster; at 4096 forward a third slower, with backward as fast (docs/benchmarks.md).
     FlashAttention-3, not measured, is taken to be like it. FlashAttention-2 (also PyTorch's own) is slower, and only
     stands in where Triton is missing.
     """
