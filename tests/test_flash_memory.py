@@ -76,7 +76,7 @@ WORKSPACE = 1 << 30
         *((M, heads, *blocks) for heads in ((8, 1), (32, 8), (8, 8)) for blocks in ((128, 63), (512, 7), (4096, 11))),
         *(
             (10 * M, heads, *blocks)
-            for heads in ((8, 1), (16, 8), (2, 2))
+            for heads in ((8, 1), (16, 8), (8, 8), (2, 2))
             for blocks in ((256, 63), (4096, 11), (32768, 3))
         ),
         *((M // n, (32, 8), 512, 7) for n in (2, 4, 8)),
