@@ -15,7 +15,7 @@ import triton.language as tl
 from ..blocks import BlockLayout
 from .bucket_sort import bucket_tiles, sort_by_block, sort_bytes
 from .forward_settings import ForwardSettings
-from .primitives import LN_2, LOG2_E, load_rows, token_and_head
+from .primitives import LN_2, LOG2_E, launch_shapes, load_rows, token_and_head
 from .tuned_tiles import Tile
 from .workspace import head_passes, token_passes
 
@@ -263,18 +263,7 @@ class Forward:
         return tuple(n for x in self.tensors() for n in x.stride()[:2])
 
     def shapes(self, tile: Tile) -> dict[str, int]:
-        """The compile-time sizes of a kernel and its launch options."""
-        head_dim = self.query.shape[2]
-        return {
-            "GROUP": self.query.shape[1] // self.key.shape[1],
-            "SLOTS": self.selected_blocks.shape[2],
-            "HEAD_DIM": head_dim,
-            "WIDTH": max(16, triton.next_power_of_2(head_dim)),
-            "ROWS": tile.rows,
-            "KEYS": tile.keys,
-            "STAGES": tile.stages,
-            "num_warps": tile.warps,
-        }
+        return {"SLOTS": self.selected_blocks.shape[2], **launch_shapes(self.query, self.key, tile)}
 
 
 def past_blocks(call: Forward, buckets, tokens: range, kv_heads: range, partial, partial_lse) -> None:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .backward_settings import BackwardSettings
-from .primitives import LOG2_E, load_rows
+from .primitives import LOG2_E, launch_shapes, load_rows, padded
 from .tuned_tiles import Tile
 
 
@@ -95,17 +95,7 @@ class Backward:
         return {"scale": self.scale, "scale_log2": self.scale * LOG2_E.value}
 
     def shapes(self, tile: Tile) -> dict[str, int]:
-        """The compile-time sizes of a kernel and its launch options."""
-        head_dim = self.query.shape[2]
-        return {
-            "GROUP": self.query.shape[1] // self.key.shape[1],
-            "HEAD_DIM": head_dim,
-            "WIDTH": max(16, triton.next_power_of_2(head_dim)),
-            "ROWS": tile.rows,
-            "KEYS": tile.keys,
-            "STAGES": tile.stages,
-            "num_warps": tile.warps,
-        }
+        return launch_shapes(self.query, self.key, tile)
 
 
 def prepare(
@@ -116,7 +106,7 @@ def prepare(
         grad_output = grad_output.contiguous()
     tokens, heads, head_dim = query.shape
     statistics = torch.empty((tokens, heads, 2), dtype=torch.float32, device=query.device)
-    width = max(16, triton.next_power_of_2(head_dim))
+    width = padded(head_dim)
     rows = max(1, 4096 // width)
     statistics_kernel[(triton.cdiv(tokens * heads, rows),)](
         grad_output, output, lse.contiguous(), statistics, *grad_output.stride()[:2], *output.stride()[:2],

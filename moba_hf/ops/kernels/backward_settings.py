@@ -8,8 +8,8 @@ the tile, and Q and dO once per stage: 227 KB on sm_90 and sm_100, 163 KB on sm_
 from dataclasses import dataclass
 
 import torch
-import triton
 
+from .primitives import padded
 from .tuned_tiles import ROLES, Tile, tuned_tiles
 
 SHARED_KB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
@@ -43,7 +43,7 @@ def backward_settings(
 
 def table(capability, dtype, head_dim: int, block_size: int) -> dict[str, Tile]:
     """Tiles by what a GPU of this compute capability can hold on chip, the width of a row, and the block."""
-    width = max(16, triton.next_power_of_2(head_dim))
+    width = padded(head_dim)
     row_bytes = width * dtype.itemsize
     shared = SHARED_KB.get(capability, 99)
     if dtype == torch.float32:  # plain FMA in float32: the largest tiles that spill nothing on sm_90
@@ -87,7 +87,7 @@ def with_tiles(tiles: dict[str, Tile], block_size: int) -> BackwardSettings:
     Small blocks take no more keys than they have, and are fused where a tile of keys holds one.
     """
     past_keys = tiles["past_keys"]
-    whole = max(16, triton.next_power_of_2(block_size))
+    whole = padded(block_size)
     fused = block_size <= _LARGEST_FUSED_BLOCK and whole <= past_keys.keys
     if fused:
         past_keys = Tile(past_keys.rows, whole, past_keys.warps, past_keys.stages)

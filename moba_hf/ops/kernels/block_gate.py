@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .primitives import padded
+
 _KEPT = 8192  # rows · slots a program keeps, in registers: 16384 spill 140 of them on sm_90
 _MOST_SLOTS = _KEPT // 16  # a matrix product takes no fewer rows
 
@@ -133,7 +135,7 @@ def block_means(key: torch.Tensor, block_start: torch.Tensor, block_size: int) -
     """Means of the complete blocks of a packed batch: key dtype [n_blocks, kv_heads, head_dim]; unused ones are 0."""
     total_k, kv_heads, head_dim = key.shape
     means = torch.empty((len(block_start), kv_heads, head_dim), dtype=key.dtype, device=key.device)
-    width = max(16, triton.next_power_of_2(head_dim))
+    width = padded(head_dim)
     if means.numel():
         block_means_kernel[(len(block_start), kv_heads)](
             key, block_start, means, *key.stride()[:2], total_k, kv_heads,
@@ -166,7 +168,7 @@ def select_blocks(query, key, layout, block_size: int, slots: int, settings) -> 
         query, means, layout.query_position, layout.first_block, selected,
         *query.stride()[:2], rows, heads, kv_heads, block_size,
         GROUP=group, SLOTS=slots, SLOTS_WIDTH=width, HEAD_DIM=head_dim,
-        WIDTH=max(16, triton.next_power_of_2(head_dim)), ROWS=tile_rows, BLOCKS=settings.keys,
+        WIDTH=padded(head_dim), ROWS=tile_rows, BLOCKS=settings.keys,
         CHUNKS=total_q < key.shape[0], num_warps=settings.warps,
     )  # fmt: skip
     return selected

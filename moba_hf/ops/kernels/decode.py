@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .primitives import LOG2_E
+from .primitives import LOG2_E, padded
 from .workspace import token_passes
 
 _PIECE = 512  # keys a program reads one after the other at most
@@ -125,7 +125,7 @@ def _attend(query, key, value, past_blocks, starts, block_size: int, scale: floa
     slots, piece = past_blocks.shape[3], min(_PIECE, block_size)
     pieces = triton.cdiv(block_size, piece)
     rows, splits = batch * heads * q_len, (slots + 1) * pieces
-    width = max(16, triton.next_power_of_2(head_dim))
+    width = padded(head_dim)
     partial = torch.empty((rows, splits, head_dim), dtype=torch.float32, device=query.device)
     partial_lse = torch.empty((rows, splits), dtype=torch.float32, device=query.device)
     decode_split_kernel[(rows, splits)](

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .primitives import padded
+
 MOST_BLOCKS = 16384  # scores that one program holds in registers while it takes the best
 _TILE = 8192  # elements of a tile of means
 
@@ -65,7 +67,7 @@ def select_cached(query, means, starts, kv_len: int, block_size: int, slots: int
     if slots == 0:
         return selected
     scores = torch.empty((rows, blocks), dtype=torch.float32, device=query.device)
-    width = max(16, triton.next_power_of_2(head_dim))
+    width = padded(head_dim)
     tile = min(_TILE // width, max(2, triton.next_power_of_2(blocks)))
     decode_scores_kernel[(rows, triton.cdiv(blocks, tile))](
         query, means, scores, *query.stride()[:3], *means.stride()[:3], heads, q_len, blocks,

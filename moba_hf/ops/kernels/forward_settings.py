@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-import triton
 
 from .backward_settings import SHARED_KB
+from .primitives import padded
 from .tuned_tiles import Tile, tuned_tiles
 
 _LARGEST_STATIONARY_BLOCK = 128  # K and V of one block stay on chip: 64 KB at head_dim 128 in bf16
@@ -37,7 +37,7 @@ def forward_settings(
 
 def table(capability, dtype, head_dim: int, block_size: int) -> dict[str, Tile]:
     """Tiles by compute capability, the width of a row, and the block."""
-    width = max(16, triton.next_power_of_2(head_dim))
+    width = padded(head_dim)
     if dtype == torch.float32:  # plain FMA: the largest tiles that spill nothing on sm_90
         gate, own = Tile(32, 32, 4, 1), Tile(32, 32, 8, 1) if width <= 64 else Tile(16, 16, 8, 1)
         past = {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 16, 1)}.get(max(width, 64), own)
@@ -59,7 +59,7 @@ def table(capability, dtype, head_dim: int, block_size: int) -> dict[str, Tile]:
 
 def with_tiles(tiles: dict[str, Tile], block_size: int) -> ForwardSettings:
     """Settings of these tiles, by the kernels' names: K and V stay on chip where a tile of keys holds a block."""
-    past, whole = tiles["past"], max(16, triton.next_power_of_2(block_size))
+    past, whole = tiles["past"], padded(block_size)
     stationary = whole <= min(past.keys, _LARGEST_STATIONARY_BLOCK)
     if stationary:
         past = Tile(min(past.rows, 128), whole, past.warps, past.stages)

@@ -34,3 +34,28 @@ def load_rows(ptr, token, head, token_stride, head_stride, taken, HEAD_DIM: tl.c
     d = tl.arange(0, WIDTH)
     offset = token * token_stride + head * head_stride
     return tl.load(ptr + offset[:, None] + d[None, :], mask=taken[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+
+
+# ---- launchers -----------------------------------------------------------------------------------------------------
+
+
+def padded(size: int) -> int:
+    """Elements that a tile takes for `size` of them, a head_dim or a block: a power of two, 16 for matrix products."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def launch_shapes(query, key, tile) -> dict[str, int]:
+    """The compile-time sizes of an attention kernel and its launch options.
+
+    query: [tokens, heads, head_dim]; key: [tokens, kv_heads, head_dim]; tile: a `Tile`.
+    """
+    head_dim = query.shape[2]
+    return {
+        "GROUP": query.shape[1] // key.shape[1],
+        "HEAD_DIM": head_dim,
+        "WIDTH": padded(head_dim),
+        "ROWS": tile.rows,
+        "KEYS": tile.keys,
+        "STAGES": tile.stages,
+        "num_warps": tile.warps,
+    }
